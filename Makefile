@@ -1,0 +1,64 @@
+# `make` alone prints what there is. The README's two commands are `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+UV := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev bench-setup system demo test test-all check format bench chaos train-demo clean
+
+help: ## print this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+system: ## install Java and Maven where this user may, else say how
+	@sh scripts/system.sh
+
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	  { echo "flink-llm needs Python 3.11 or 3.12: install one, then run make PYTHON=/path/to/it"; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "uv>=0.9"
+	@touch $@
+
+.venv/.light: .venv/.made pyproject.toml constraints.txt
+	@echo "installing flink-llm into .venv ..."
+	@$(UV) -e '.[cpu]'
+	@touch $@
+
+.venv/.dev: .venv/.light
+	@echo "installing what tests, training and export need ..."
+	@$(UV) -e '.[cpu,dev,export]'
+	@touch $@
+
+setup: system .venv/.light ## a light .venv: what running jobs needs, without torch
+
+setup-dev: system .venv/.dev ## and what tests, training and export need
+
+bench-setup: setup-dev ## and what the benchmarks' peers need
+
+demo: setup ## set everything up and run the main job, Kafka to Kafka, with the demo model
+	@$(BIN)/flink-llm demo
+
+test: setup-dev ## set everything up and run the tests
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup-dev ## the tests, the slow ones included
+	@$(BIN)/python -m pytest
+
+check: setup-dev ## lint, types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: setup-dev ## format the code
+	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
+
+bench: bench-setup ## every benchmark, coarse (docs/benchmarks.md has the full ones)
+	@for name in overhead capacity recovery poison demo_model; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+
+chaos: setup-dev ## recovery under kill -9, the long form
+	@$(BIN)/python -m benchmarks.recovery
+
+train-demo: setup-dev ## train the demo model anew and export it (about an hour on two cores)
+	@$(BIN)/python -m models.training.train --to build/support-chat
+	@$(BIN)/flink-llm export build/support-chat --to build/exported/support-chat --name support-chat
+	@$(BIN)/python -m benchmarks.demo_model --model build/exported/support-chat
+
+clean: ## remove .venv and what was built; the local broker's data stays
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,145 @@
+"""Bytes to values and back: JSON on the wire, and the versioned bytes of Flink state.
+
+On the wire a broken value is a `RecordError` that names the path and what was expected. In state
+every value is one version byte and a msgpack body holding JSON types, bytes and registered records
+only, so that a savepoint outlives the classes of the release that wrote it.
+"""
+
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import msgspec
+
+from flink_llm.errors import RecordError, StateError
+from flink_llm.records import Message, Record, fields_of
+
+T = TypeVar("T")
+
+STATE_VERSION = 1
+_RECORD_EXT = 1
+_to_json = msgspec.json.Encoder(decimal_format="string")
+
+
+def decode(data: bytes | None, as_type: type[T] | Any = Any) -> T:
+    """One JSON value as `as_type`.
+
+    Raises RecordError: `null_value`, `malformed` (no JSON, no UTF-8) or `invalid` (path and
+    expected type in the message).
+    """
+    if data is None:
+        raise RecordError("null_value", "the record has no value")
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecordError("malformed", f"the value is not valid JSON: {error}") from error
+    return convert(value, as_type)
+
+
+def convert(value: Any, as_type: type[T] | Any) -> T:
+    """A JSON-like value as `as_type`; unknown fields of a record are kept. Raises RecordError `invalid`."""
+    if as_type is Any or (isinstance(as_type, type) and isinstance(value, as_type)):
+        return value
+    try:
+        if isinstance(as_type, type) and issubclass(as_type, Record) and isinstance(value, dict):
+            known = _known_fields(as_type)
+            unknown = {name: value[name] for name in value if name not in known}
+            if unknown:
+                value = {name: value[name] for name in value if name in known}
+                value["unknown_fields"] = unknown
+        return msgspec.convert(value, as_type)
+    except msgspec.ValidationError as error:
+        raise RecordError("invalid", str(error)) from error
+
+
+def encode(value: Any) -> bytes:
+    """`value` as JSON. Raises TypeError for what JSON cannot hold."""
+    if isinstance(value, Record):
+        fields = msgspec.structs.asdict(value)
+        unknown = fields.pop("unknown_fields")
+        return _to_json.encode({**unknown, **fields})
+    return _to_json.encode(value)
+
+
+@lru_cache(maxsize=256)
+def _known_fields(as_type: type) -> frozenset[str]:
+    return fields_of(as_type)
+
+
+_registered: dict[str, type] = {}
+_names: dict[type, str] = {}
+
+
+def register(name: str, record_type: type[T]) -> type[T]:
+    """Lets `record_type` (a msgspec.Struct) stand in state under `name`.
+
+    The name, not the class's module, is what a savepoint holds: keep it when the class moves. A field
+    added with a default, or removed, restores from older bytes. Raises ValueError if the name is
+    another type's.
+    """
+    if _registered.setdefault(name, record_type) is not record_type:
+        raise ValueError(f"the state name {name!r} belongs to {_registered[name].__qualname__}")
+    _names[record_type] = name
+    return record_type
+
+
+def is_registered(value: Any) -> bool:
+    """Whether `value` is a record that state can hold."""
+    return type(value) in _names
+
+
+def _pack_other(value: Any) -> msgspec.msgpack.Ext:
+    raise TypeError(f"a {type(value).__name__} cannot be kept in state; use JSON types or codec.register")
+
+
+def _lower(value: Any) -> Any:
+    """Structs to extensions, containers walked; every other value must be a JSON type or bytes."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"a mapping in state has {type(key).__name__} keys; use strings")
+        return {key: _lower(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_lower(item) for item in value]
+    name = _names.get(type(value))
+    if name is None:
+        return _pack_other(value)
+    fields = {key: _lower(item) for key, item in msgspec.structs.asdict(value).items()}
+    return msgspec.msgpack.Ext(_RECORD_EXT, msgspec.msgpack.encode([name, fields]))
+
+
+def _unpack_ext(code: int, data: memoryview) -> Any:
+    if code != _RECORD_EXT:
+        raise StateError(f"state holds an extension of kind {code}, this version knows {_RECORD_EXT}")
+    name, fields = msgspec.msgpack.decode(data, ext_hook=_unpack_ext)
+    record_type = _registered.get(name)
+    if record_type is None:
+        raise StateError(f"state holds a record {name!r} that is not registered with codec.register")
+    known = {field.name for field in msgspec.structs.fields(record_type)}
+    try:
+        return msgspec.convert({k: v for k, v in fields.items() if k in known}, record_type)
+    except msgspec.ValidationError as error:
+        raise StateError(f"state holds a {name!r} that no longer fits its type: {error}") from error
+
+
+def pack(value: Any) -> bytes:
+    """State bytes of `value`. Raises TypeError for anything but JSON types, bytes, registered records."""
+    return bytes([STATE_VERSION]) + msgspec.msgpack.encode(_lower(value))
+
+
+def unpack(data: bytes) -> Any:
+    """The value of state bytes. Raises StateError for a version this one does not know."""
+    if not data or data[0] != STATE_VERSION:
+        found = data[0] if data else "none"
+        raise StateError(
+            f"state was written in version {found}, this release reads version {STATE_VERSION}; "
+            "start it with the release that wrote it"
+        )
+    try:
+        return msgspec.msgpack.decode(memoryview(data)[1:], ext_hook=_unpack_ext)
+    except msgspec.DecodeError as error:
+        raise StateError(f"state is damaged: {error}") from error
+
+
+register("chat.message", Message)

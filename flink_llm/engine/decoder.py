@@ -1,0 +1,155 @@
+"""A decoder graph with its KV cache: prompts in by chunks, one token for everybody per step.
+
+The graph is what onnxruntime-genai's builder writes: GroupQueryAttention whose past and present share
+one buffer, [slots, kv heads, context, head dimension] for each layer. A run is bound to rows of it, so
+nothing of the cache or of the logits is ever copied: prefill to the one row of its slot, a decode step to
+rows 0 to the highest one in use. Rows between that nobody uses run along with one token of their own.
+"""
+
+import contextlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from flink_llm.engine.model import Manifest, ModelFolder
+from flink_llm.errors import ConfigError, ModelFolderError
+
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+
+
+def providers(device: str) -> list[tuple[str, dict[str, str]]]:
+    """ONNX Runtime's providers of a device. Raises ConfigError for a GPU that is not there."""
+    if device == "cpu":
+        return [("CPUExecutionProvider", {})]
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise ConfigError(
+            f"host.device is {device!r}, this ONNX Runtime has no CUDA: install flink-llm[gpu] instead of [cpu]"
+        )
+    number = device.partition(":")[2] or "0"
+    return [("CUDAExecutionProvider", {"device_id": number}), ("CPUExecutionProvider", {})]
+
+
+def open_session(folder: ModelFolder, device: str, threads: int) -> ort.InferenceSession:
+    """A session over a checked folder. Raises ModelFolderError, ConfigError."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    with contextlib.ExitStack() as stack:
+        graph = folder.graph_file(stack)
+        chosen = providers(device)
+        try:
+            session = ort.InferenceSession(graph, options, providers=chosen)
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise ModelFolderError(f"{folder.manifest.name}: the graph cannot be loaded: {error}") from error
+    if session.get_providers()[0] != chosen[0][0]:
+        raise ConfigError(f"host.device is {device!r}, ONNX Runtime could not use it; see the host's log")
+    return session
+
+
+class Decoder:
+    """One model's graph and cache. Not thread-safe: one thread runs the steps.
+
+    Raises ModelFolderError for a graph with other inputs or outputs than a decoder's.
+    """
+
+    def __init__(self, folder: ModelFolder, *, device: str, threads: int, slots: int) -> None:
+        manifest = folder.manifest
+        self.vocabulary = manifest.vocab_size
+        self.context = manifest.context_length
+        self._session = open_session(folder, device, threads)
+        self._device, _, number = device.partition(":")
+        self._device_id = int(number or 0)
+        self._dtype = _check_graph(self._session, manifest)
+        self._shape = (manifest.num_kv_heads, manifest.context_length, manifest.head_dim)
+        row = int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
+        self._row_bytes = row
+        self._cache: dict[str, ort.OrtValue] = {}
+        for layer in range(manifest.num_layers):
+            for part in ("key", "value"):
+                value = ort.OrtValue.ortvalue_from_shape_and_type(
+                    [slots, *self._shape], self._dtype, self._device, self._device_id
+                )
+                self._cache[f"{layer}.{part}"] = value
+        self._lengths = np.zeros(slots, dtype=np.int64)
+        self._tokens = np.zeros((slots, 1), dtype=np.int64)
+        self._mask = np.zeros(slots * (manifest.context_length + 1), dtype=np.int64)
+        self._logits = np.empty((slots, 1, manifest.vocab_size), dtype=self._dtype)
+        self._bindings: dict[int, ort.IOBinding] = {}
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating]:
+        """Reads `tokens` at position `start` of a slot; logits [vocabulary] after the last of them."""
+        count = len(tokens)
+        ids = np.asarray(tokens, dtype=np.int64).reshape(1, count)
+        mask = np.ones((1, start + count), dtype=np.int64)
+        logits = np.empty((1, count, self.vocabulary), dtype=self._dtype)
+        binding = self._session.io_binding()
+        self._bind_cache(binding, first=slot, rows=1)
+        _bind_input(binding, "input_ids", ids)
+        _bind_input(binding, "attention_mask", mask)
+        _bind_output(binding, "logits", logits)
+        self._session.run_with_iobinding(binding)
+        self._lengths[slot] = start + count
+        return logits[0, -1]
+
+    def step(self, slots: Sequence[int], tokens: Sequence[int]) -> NDArray[np.floating]:
+        """Reads one token in each of `slots`; logits [highest slot + 1, vocabulary], valid until the next call."""
+        rows = max(slots) + 1
+        used = list(slots)
+        self._tokens[:rows] = 0
+        self._tokens[used, 0] = tokens
+        lengths = np.ones(rows, dtype=np.int64)
+        lengths[used] = self._lengths[used] + 1
+        longest = int(lengths.max())
+        mask = self._mask[: rows * longest].reshape(rows, longest)
+        np.less(np.arange(longest), lengths[:, None], out=mask, casting="unsafe")
+        binding = self._bindings.get(rows)
+        if binding is None:
+            binding = self._bindings[rows] = self._session.io_binding()
+            self._bind_cache(binding, first=0, rows=rows)
+            _bind_input(binding, "input_ids", self._tokens[:rows])
+            _bind_output(binding, "logits", self._logits[:rows])
+        _bind_input(binding, "attention_mask", mask)
+        self._session.run_with_iobinding(binding)
+        self._lengths[used] += 1
+        return self._logits[:rows, 0]
+
+    def _bind_cache(self, binding: ort.IOBinding, *, first: int, rows: int) -> None:
+        shape = [rows, *self._shape]
+        for name, value in self._cache.items():
+            at = value.data_ptr() + first * self._row_bytes
+            where = (self._device, self._device_id, self._dtype, shape, at)
+            binding.bind_input(f"past_key_values.{name}", *where)
+            binding.bind_output(f"present.{name}", *where)
+
+
+def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> type[np.floating]:
+    """Compares the graph with the manifest; the element type of its cache."""
+    layers = range(manifest.num_layers)
+    wanted = {"input_ids", "attention_mask"}
+    wanted |= {f"past_key_values.{layer}.{part}" for layer in layers for part in ("key", "value")}
+    found = {value.name: value for value in session.get_inputs()}
+    for name in sorted(wanted ^ set(found)):
+        state = "has no input" if name in wanted else "has a surplus input"
+        raise ModelFolderError(f"{manifest.name}: the graph {state} {name!r}")
+    outputs = {value.name for value in session.get_outputs()}
+    needed = {"logits"} | {f"present.{layer}.{part}" for layer in layers for part in ("key", "value")}
+    for name in sorted(needed - outputs):
+        raise ModelFolderError(f"{manifest.name}: the graph has no output {name!r}")
+    past = next((value for name, value in found.items() if _PAST.fullmatch(name)), None)
+    if past is None or past.type not in _TYPES:
+        raise ModelFolderError(f"{manifest.name}: the graph's cache is {getattr(past, 'type', 'absent')}")
+    if past.shape[1] not in (manifest.num_kv_heads, None):
+        raise ModelFolderError(f"{manifest.name}: the graph has {past.shape[1]} key-value heads, not as the manifest")
+    return _TYPES[past.type]

@@ -1,0 +1,42 @@
+"""How to reach the model host of a device. No ONNX Runtime here: workers stay light."""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from flink_llm.errors import ConfigError
+
+
+class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`engine` "host" shares one process per device, "embedded" runs in the worker itself.
+
+    `device` is "cpu", "cuda", "cuda:N", or "auto": the task manager's first `CUDA_VISIBLE_DEVICES`, else
+    the CPU. `threads` 0 leaves the number to ONNX Runtime. `slots` generations run at once, `queue`
+    more may wait. `linger_s`: how long the host stays after its last client. `launcher` is the module
+    that is run as the host, with `launcher_args`.
+    """
+
+    engine: Literal["host", "embedded"] = "host"
+    device: str = "auto"
+    threads: Annotated[int, Meta(ge=0)] = 0
+    slots: Annotated[int, Meta(ge=1, le=1024)] = 16
+    queue: Annotated[int, Meta(ge=1)] = 4096
+    linger_s: Annotated[float, Meta(ge=0)] = 30.0
+    start_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
+    silence_s: Annotated[float, Meta(gt=0)] = 3.0
+    socket_dir: str | None = None
+    launcher: str = "flink_llm.engine.host"
+    launcher_args: list[str] = []
+
+
+def resolve_device(device: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Makes "auto" to "cuda:0" where the environment shows a GPU, else to "cpu". Raises ConfigError."""
+    if device == "auto":
+        visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+        return "cuda:0" if visible not in ("", "-1") else "cpu"
+    kind, _, number = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or not (number or "0").isdigit()):
+        raise ConfigError(f"host.device is {device!r}: use auto, cpu, cuda or cuda:N")
+    return "cuda:0" if device == "cuda" else device

@@ -1,0 +1,129 @@
+"""The Flink settings that latency, back-pressure and recovery depend on, in one place.
+
+`bundle.time`, `bundle.size` and the buffer timeout hold for a whole job: `configure` sets them, `check`
+says what is wrong with an environment that somebody else has made.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+from pyflink.common import Configuration
+from pyflink.datastream import CheckpointingMode, StreamExecutionEnvironment
+
+from flink_llm.errors import ConfigError
+from flink_llm.local import jars
+
+BUNDLE_TIME = "python.fn-execution.bundle.time"
+BUNDLE_SIZE = "python.fn-execution.bundle.size"
+BUNDLE_TIME_MS = 3
+BUFFER_TIMEOUT_MS = 1
+SLOWEST_S = 0.02
+"""A blocked bundle may hold the mailbox for about so long: seconds of completions in one bundle."""
+
+
+class FlinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`expected_rate` is completions a second and subtask, where it is known: it sizes the bundles.
+
+    `properties` are Flink options, set as they are. Without `checkpoint_dir` checkpoints are kept by the
+    job manager: they survive a failure of the job, not of the cluster.
+    """
+
+    parallelism: Annotated[int, Meta(ge=1)] = 1
+    max_parallelism: Annotated[int, Meta(ge=1, le=32768)] = 128
+    shards: Annotated[int, Meta(ge=1)] = 16
+    expected_rate: Annotated[float, Meta(gt=0)] | None = None
+    delivery: Literal["at_least_once", "exactly_once"] = "at_least_once"
+    checkpoint_interval_ms: Annotated[int, Meta(ge=10)] = 1000
+    checkpoint_dir: str | None = None
+    properties: dict[str, str] = {}
+
+
+def bundle_size(capacity: int, expected_rate: float | None) -> int:
+    """How many records a bundle may hold: an eighth of the places, and 20 ms of completions at most."""
+    by_rate = capacity // 8 if expected_rate is None else int(expected_rate * SLOWEST_S)
+    return max(1, min(capacity // 8, by_rate))
+
+
+def configure(env: StreamExecutionEnvironment, settings: FlinkSettings, *, capacity: int = 256) -> None:
+    """Prepares `env` for jobs of this library; `capacity` is the largest of its operators'."""
+    options = {
+        BUNDLE_TIME: str(BUNDLE_TIME_MS),
+        BUNDLE_SIZE: str(bundle_size(capacity, settings.expected_rate)),
+        "restart-strategy.type": "exponential-delay",
+        "restart-strategy.exponential-delay.initial-backoff": "500 ms",
+        "restart-strategy.exponential-delay.max-backoff": "30 s",
+        "execution.checkpointing.tolerable-failed-checkpoints": "10",
+    }
+    if settings.checkpoint_dir is not None:
+        options["execution.checkpointing.storage"] = "filesystem"
+        options["execution.checkpointing.dir"] = Path(settings.checkpoint_dir).absolute().as_uri()
+    configuration = Configuration()
+    for name, value in {**options, **settings.properties}.items():
+        configuration.set_string(name, value)
+    env.configure(configuration)
+    env.set_parallelism(settings.parallelism)
+    env.set_max_parallelism(settings.max_parallelism)
+    env.set_buffer_timeout(BUFFER_TIMEOUT_MS)
+    mode = CheckpointingMode.EXACTLY_ONCE
+    env.enable_checkpointing(settings.checkpoint_interval_ms, mode)
+
+
+def check(env: StreamExecutionEnvironment, capacity: int) -> None:
+    """Raises ConfigError when the job-wide bundle settings would make the operator wait."""
+    configuration = env._j_stream_execution_environment.getConfiguration()
+    size = int(configuration.getString(BUNDLE_SIZE, "1000"))
+    time_ms = int(str(configuration.getString(BUNDLE_TIME, "1000")).removesuffix("ms"))
+    limit = max(1, capacity // 8)
+    if size > limit:
+        raise ConfigError(
+            f"{BUNDLE_SIZE} is {size}, more than an eighth of capacity={capacity}: a full operator would "
+            f"hold back timers and checkpoints; call configure(env, ...) or set it to {limit} at most"
+        )
+    if time_ms > 100:
+        raise ConfigError(
+            f"{BUNDLE_TIME} is {time_ms} ms, and every output waits for it; "
+            f"call configure(env, ...) or set it to {BUNDLE_TIME_MS}"
+        )
+    if env.get_buffer_timeout() < 0 or env.get_buffer_timeout() > 100:
+        raise ConfigError(
+            f"the buffer timeout is {env.get_buffer_timeout()} ms, and every output waits for it; "
+            f"call configure(env, ...) or set_buffer_timeout({BUFFER_TIMEOUT_MS})"
+        )
+
+
+def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvironment:
+    """The cluster a job is submitted to, or else a mini-cluster in this process.
+
+    On the mini-cluster Python runs in processes of its own, as it does on a cluster, and the connector
+    jar is fetched if need be.
+    """
+    configuration = Configuration()
+    if not _submitted():
+        _leave_loopback()
+        configuration.set_string("python.executable", sys.executable)
+        configuration.set_string("pipeline.jars", jars.connector_jar().as_uri())
+        configuration.set_string("taskmanager.memory.managed.size", "512m")
+    for name, value in (properties or {}).items():
+        configuration.set_string(name, value)
+    return StreamExecutionEnvironment.get_execution_environment(configuration)
+
+
+def _submitted() -> bool:
+    """Whether `flink run` started this process: it reaches its gateway through the environment."""
+    return "PYFLINK_GATEWAY_PORT" in os.environ and os.environ.get("FLINK_LLM_LOCAL") != "1"
+
+
+def _leave_loopback() -> None:
+    # The option python.execution-mode alone does not leave the mini-cluster's in-client "loopback".
+    os.environ["_python_worker_execution_mode"] = "process"
+    os.environ["FLINK_LLM_LOCAL"] = "1"
+
+
+def tables(env: StreamExecutionEnvironment) -> Any:
+    """The table environment over `env`, which the Kafka edges are made with."""
+    from pyflink.table import StreamTableEnvironment
+
+    return StreamTableEnvironment.create(env)

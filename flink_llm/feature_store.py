@@ -1,0 +1,245 @@
+"""Feast's side of reading features: configuration, views, one batched read, errors.
+
+Nothing here knows of asyncio. A `Store` belongs to the thread that opens it; all others may call
+`table`, which reads only what `open` has left behind. Feast is imported inside functions, as that
+takes seconds.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from flink_llm.errors import ConfigError, Outage, RecordError
+from flink_llm.feature_config import BUSY_SHARE, describe_store, quiet, registry_file, repo_config
+from flink_llm.feature_keys import Key, KeyField, Part, StoredRow, TableSpec, key_field
+from flink_llm.feature_settings import FeatureSettings, masked
+from flink_llm.names import unknown
+
+log = logging.getLogger(__name__)
+
+_NO_ENTITY = "__dummy_id"
+_PLAIN_VALUES = frozenset({"string_val", "int64_val", "int32_val", "double_val", "float_val", "bool_val"})
+
+
+class _Stored:
+    """A view whose rows are read as they lie in the store, with their event timestamps."""
+
+    def __init__(self, view: Any) -> None:
+        self.view = view
+        self.features = [field.name for field in view.features]
+        self.max_age_s = view.ttl.total_seconds() if view.ttl else None
+        columns = [column for column in view.entity_columns if column.name != _NO_ENTITY]
+        self.keys = [key_field(column.name, column.dtype.to_value_type().name) for column in columns]
+
+    def read(self, store: Any, keys: Sequence[Key]) -> list[StoredRow]:
+        from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+        from feast.protos.feast.types.Value_pb2 import Value
+
+        names = [field.name for field in self.keys] or [_NO_ENTITY]
+        kinds = [field.kind for field in self.keys] or ["string_val"]
+        entities = []
+        for key in keys:
+            filled: list[dict[str, Any]] = [{kind: v} for kind, v in zip(kinds, key or ("",), strict=True)]
+            entities.append(EntityKey(join_keys=names, entity_values=[Value(**each) for each in filled]))
+        rows = store.provider.online_read(store.config, self.view, entities)
+        if len(rows) != len(keys):
+            raise OSError(f"{len(rows)} rows came back for {len(keys)} keys")
+        return [self._row(at, values) for at, values in rows]
+
+    def _row(self, at: Any, values: Any) -> StoredRow:
+        if not values or at is None:
+            return StoredRow(None, None)
+        plain = {name: plain_value(values.get(name)) for name in self.features}
+        seconds = at.timestamp()
+        # Redis answers an absent row with unset values and a timestamp of 0.
+        absent = seconds == 0 and all(value is None for value in plain.values())
+        return StoredRow(None, None) if absent else StoredRow(plain, seconds)
+
+
+class _Computed:
+    """An on-demand view: Feast's own get_online_features computes it from rows that are there.
+
+    Its source rows are read beforehand: absent ones must not reach the transformation, which may not
+    expect them, and their event timestamps are not in Feast's answer.
+    """
+
+    def __init__(self, view: Any, stored: dict[str, _Stored]) -> None:
+        self.features = [field.name for field in view.features]
+        self._refs = [f"{view.name}:{name}" for name in self.features]
+        self._sources: list[tuple[_Stored, list[str]]] = []
+        keys: dict[str, KeyField] = {}
+        for projection in view.source_feature_view_projections.values():
+            source = stored[projection.name]
+            names = [projection.join_key_map.get(field.name, field.name) for field in source.keys]
+            self._sources.append((source, names))
+            keys.update((name, KeyField(name, f.kind)) for name, f in zip(names, source.keys, strict=True))
+        for request in view.source_request_sources.values():
+            keys.update((f.name, key_field(f.name, f.dtype.to_value_type().name)) for f in request.schema)
+        self.keys = list(keys.values())
+        ages = [source.max_age_s for source, _ in self._sources if source.max_age_s is not None]
+        self.max_age_s = min(ages, default=None)
+
+    def read(self, store: Any, keys: Sequence[Key]) -> list[StoredRow]:
+        names = [field.name for field in self.keys]
+        times: list[list[float | None]] = [[] for _ in keys]
+        for source, wanted in self._sources:
+            places = [names.index(name) for name in wanted]
+            parts = [tuple(key[place] for place in places) for key in keys]
+            for held, row in zip(times, source.read(store, parts), strict=True):
+                held.append(row.at)
+        ready = [i for i, held in enumerate(times) if None not in held]
+        rows = [StoredRow(None, None)] * len(keys)
+        if ready:
+            columns = {name: [keys[i][place] for i in ready] for place, name in enumerate(names)}
+            answer = store.get_online_features(features=self._refs, entity_rows=columns).proto
+            found = dict(zip(answer.metadata.feature_names.val, answer.results, strict=True))
+            for n, i in enumerate(ready):
+                values = {name: plain_value(found[name].values[n]) for name in self.features if name in found}
+                rows[i] = StoredRow(values, min((at for at in times[i] if at is not None), default=None))
+        return rows
+
+
+def plain_value(value: Any) -> Any:
+    """A Feast value as Python's own; None where it is unset."""
+    kind = value.WhichOneof("val") if value is not None else None
+    if kind is None:
+        return None
+    if kind in _PLAIN_VALUES:
+        return getattr(value, kind)
+    from feast.type_map import feast_value_type_to_python_type
+
+    return feast_value_type_to_python_type(value)
+
+
+def _is_of_a_row(error: Exception) -> bool:
+    """Whether a row's content raised this: decoding and on-demand transformations do, stores do not."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    kinds = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, DecodeError)
+    return isinstance(error, kinds) and not isinstance(error, OSError)
+
+
+class Store:
+    """One opened feature repository. `open` first, on the thread that will read."""
+
+    def __init__(self, settings: FeatureSettings) -> None:
+        self.settings = settings
+        self.description = "not opened"
+        self._sources: dict[str, _Stored | _Computed] = {}
+        self._services: dict[str, Any] = {}
+        self._store: Any = None
+        self._inode: int | None = None
+
+    def open(self) -> None:
+        """Reads the registry; the online store is first met by `read`. Raises ConfigError, Outage."""
+        config = repo_config(self.settings)
+        file = registry_file(config)
+        if file is not None and not file.is_file():
+            raise ConfigError(f"features: there is no registry at {file}; apply the repository first")
+        with quiet():
+            from feast import FeatureStore
+            from feast.on_demand_feature_view import OnDemandFeatureView
+
+            try:
+                store = FeatureStore(config=config)
+                views = store.list_all_feature_views()
+                services = store.list_feature_services()
+            except Exception as error:
+                where = masked(str(config.registry.path))
+                raise Outage(f"the feature registry {where} cannot be read: {masked(str(error))}") from error
+        stored = {view.name: _Stored(view) for view in views if not isinstance(view, OnDemandFeatureView)}
+        fresh = self.settings.freshness
+        for name in fresh.keys() & stored.keys():
+            stored[name].max_age_s = fresh[name]
+        computed = {v.name: _Computed(v, stored) for v in views if isinstance(v, OnDemandFeatureView)}
+        for name in fresh.keys() & computed.keys():
+            computed[name].max_age_s = fresh[name]
+        self._sources = {**stored, **computed}
+        self._services = {service.name: service for service in services}
+        self._store = store
+        self.description = describe_store(config)
+        for name in fresh.keys() - self._sources.keys():
+            raise ConfigError(unknown("features.freshness", name, self._sources))
+
+    @property
+    def views(self) -> list[str]:
+        """Names of all views, on-demand ones too."""
+        return sorted(self._sources)
+
+    @property
+    def services(self) -> list[str]:
+        """Names of all feature services."""
+        return sorted(self._services)
+
+    def views_of(self, service: str) -> list[str]:
+        """Names of a service's views, as the service calls them."""
+        return [projection.name_to_use() for projection in self._services[service].feature_view_projections]
+
+    def table(self, name: str) -> TableSpec:
+        """What a view or a feature service of that name holds. Raises ConfigError."""
+        if name in self._sources:
+            source = self._sources[name]
+            keys = tuple((field.name, field) for field in source.keys)
+            return TableSpec.of(name, [Part(name, name, keys, tuple(source.features), source.max_age_s)])
+        if name not in self._services:
+            raise ConfigError(unknown("features", name, self.views + self.services))
+        parts = []
+        for projection in self._services[name].feature_view_projections:
+            source = self._sources[projection.name]
+            keys = tuple((projection.join_key_map.get(f.name, f.name), f) for f in source.keys)
+            features = tuple(field.name for field in projection.features)
+            parts.append(Part(projection.name_to_use(), projection.name, keys, features, source.max_age_s))
+        return TableSpec.of(name, parts)
+
+    def read(self, source: str, keys: Sequence[Key]) -> list[StoredRow | RecordError]:
+        """One read of the store: a row for each key, in order.
+
+        A row that cannot be decoded or computed is a RecordError in its place, and no other's. Raises
+        Outage for whatever else the store raises.
+        """
+        try:
+            self._meet()
+            return list(self._sources[source].read(self._store, keys))
+        except Exception as error:
+            if not _is_of_a_row(error):
+                self._inode = None
+                raise Outage(self._line(error)) from error
+            if len(keys) > 1:
+                return [row for key in keys for row in self.read(source, [key])]
+            log.warning("a row of %s cannot be read", source, exc_info=True)
+            text = f"the row of {source} cannot be read: {type(error).__name__}"
+            return [RecordError("missing_features", text)]
+
+    def _line(self, error: Exception) -> str:
+        reason = masked(" ".join(str(error).split()))
+        return f"the feature store ({self.description}) cannot be read: {type(error).__name__}: {reason}"
+
+    def _meet(self) -> None:
+        """Connects to a sqlite file again when it is another one than before.
+
+        Feast's store keeps its connection for ever, also to a deleted file, and makes a missing one.
+        """
+        config = self._store.config
+        if config.online_store.type != "sqlite":
+            return
+        inode = os.stat(config.online_store.path).st_ino
+        if inode == self._inode:
+            return
+        self._disconnect()
+        connection = self._store.provider.online_store._get_conn(config)
+        connection.execute(f"PRAGMA busy_timeout = {int(self.settings.timeout_s * BUSY_SHARE * 1000)}")
+        connection.execute("PRAGMA query_only = ON")
+        self._inode = inode
+
+    def _disconnect(self) -> None:
+        online = self._store.provider.online_store
+        connection = getattr(online, "_conn", None)
+        online._conn = None
+        if connection is not None:
+            connection.close()
+
+    def close(self) -> None:
+        """Closes what the store keeps open, on the thread that read."""
+        if self._store is not None and self._store.config.online_store.type == "sqlite":
+            self._disconnect()

@@ -1,0 +1,232 @@
+"""Features for a handler: each call awaits its own row, the client reads them in batches.
+
+    client = FeatureClient(settings)
+    orders = client.table("order_status")
+    row = await orders.get(order_id="1042")     # row["carrier"], row.found, row.age_s
+
+Whatever waits at the same moment becomes one read of each view, on one thread of its own: the
+asyncio loop never waits for the store. Feast itself is behind `flink_llm.feature_store`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flink_llm.errors import ConfigError, FlinkLlmError, Outage
+from flink_llm.feature_batches import Batch, ReaderThread, Waiter, Waiting, answer, cancel
+from flink_llm.feature_keys import Key, Part, StoredRow, TableSpec
+from flink_llm.feature_row import FeatureRow
+from flink_llm.feature_settings import FeatureSettings
+from flink_llm.feature_store import Store
+from flink_llm.names import unknown
+
+log = logging.getLogger(__name__)
+
+PROBE_S = 0.5
+CLOSE_S = 5.0
+FUTURE_S = 60.0
+"""How far ahead of this clock a row may be dated before that is worth a warning."""
+
+
+class FeatureTable:
+    """A feature view or a feature service, to be read row by row."""
+
+    def __init__(self, client: "FeatureClient", name: str) -> None:
+        self.name = name
+        self._client = client
+        self._spec: TableSpec | None = None
+        self._warned = False
+
+    def resolve(self, store: Store) -> TableSpec:
+        """Looks the table up in an opened store, once. Raises ConfigError."""
+        if self._spec is None:
+            self._spec = store.table(self.name)
+        return self._spec
+
+    async def get(self, **keys: str | int | bytes | None) -> FeatureRow:
+        """The row of these join keys; the keys are in it too. A key given as None leaves its views absent.
+
+        For a service, `found` says that all its views have a row, `stale` that one was too old, and
+        `age_s` is that of the oldest row used.
+
+        Raises RecordError `invalid` for a key of the wrong type, `missing_features` for a row that
+        cannot be decoded or computed; ConfigError for an unknown or forgotten key; Outage while the
+        store is down or slower than `timeout_s`.
+        """
+        if self._spec is None:
+            await self._client.start()
+        spec = self.resolve(self._client.store)
+        if keys.keys() != set(spec.keys):
+            raise _wrong_keys(spec, list(keys))
+        asked = [(part, _key_of(part, keys)) for part in spec.parts]
+        waiters = [self._client.enqueue(part.source, key) for part, key in asked if key is not None]
+        rows = iter(await asyncio.gather(*waiters))
+        merged = [(part, key, next(rows) if key is not None else None) for part, key in asked]
+        now = self._client.now()
+        if not self._warned and any(
+            row is not None and (row.at or 0) > now + FUTURE_S for _, _, row in merged
+        ):
+            self._warned = True
+            log.warning("%s: rows are dated in the future; do clocks or time zones (TZ) differ?", self.name)
+        return _merged(keys, merged, now)
+
+
+def _wrong_keys(spec: TableSpec, given: list[str]) -> ConfigError:
+    extra = [name for name in given if name not in spec.keys]
+    if extra:
+        return ConfigError(unknown(spec.name, extra[0], spec.keys))
+    absent = [name for name in spec.keys if name not in given]
+    return ConfigError(f"{spec.name} is read by {', '.join(spec.keys)}; {', '.join(absent)} was not given")
+
+
+def _key_of(part: Part, given: Mapping[str, Any]) -> Key | None:
+    if any(given[name] is None for name, _ in part.keys):
+        return None
+    return tuple(field.convert(given[name]) for name, field in part.keys)
+
+
+def _merged(
+    given: Mapping[str, Any], parts: list[tuple[Part, Key | None, StoredRow | None]], now: float
+) -> FeatureRow:
+    values = dict(given)
+    ages: list[float] = []
+    found, stale = True, False
+    for part, key, row in parts:
+        if key is not None:
+            values.update(zip((name for name, _ in part.keys), key, strict=True))
+        age = max(0.0, now - row.at) if row is not None and row.at is not None else None
+        old = age is not None and part.max_age_s is not None and age > part.max_age_s
+        stale = stale or old
+        held = row.values if row is not None and not old else None
+        if held is None:
+            found = False
+        elif age is not None:
+            ages.append(age)
+        values.update((name, held.get(name) if held is not None else None) for name in part.features)
+    return FeatureRow(values, age_s=max(ages, default=None), found=found, stale=stale)
+
+
+class FeatureClient:
+    """Reads one feature repository for one asyncio loop.
+
+    `clock` is monotonic and dates outages, `now` gives epoch seconds and ages of rows.
+    """
+
+    def __init__(
+        self,
+        settings: FeatureSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings
+        self.store = Store(settings)
+        self.now = now
+        self.outage_since: float | None = None
+        """`clock` when the first read failed that no successful one has followed; None while all is well."""
+        self._clock = clock
+        self._closed = False
+        self._reader = ReaderThread()
+        self._tables: dict[str, FeatureTable] = {}
+        self._opening: asyncio.Task[None] | None = None
+        self._waiting = Waiting()
+        self._serving: asyncio.Task[None] | None = None
+        self._probing: asyncio.Task[None] | None = None
+
+    def table(self, name: str) -> FeatureTable:
+        """The view or service of that name. An unknown one is a ConfigError here, or in `start` if that
+        is still to come."""
+        table = self._tables.get(name) or FeatureTable(self, name)
+        if self._opened():
+            table.resolve(self.store)
+        self._tables[name] = table
+        return table
+
+    async def start(self) -> None:
+        """Loads Feast (seconds, once) and looks up the tables asked for. Raises ConfigError, Outage.
+
+        The online store may be down: the first read will say so.
+        """
+        if self._opening is None or (self._opening.done() and not self._opened()):
+            self._opening = asyncio.create_task(self._open())
+        await asyncio.shield(self._opening)
+        for table in self._tables.values():
+            table.resolve(self.store)
+
+    async def close(self) -> None:
+        """Ends what runs, waiters included, and closes the store."""
+        self._closed = True
+        for task in (self._serving, self._probing, self._opening):
+            if task is not None:
+                task.cancel()
+        cancel(self._waiting.take(1 << 30))
+        closed = asyncio.wrap_future(self._reader.submit(self.store.close))
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(closed, CLOSE_S)
+        self._reader.stop()
+
+    def enqueue(self, source: str, key: Key) -> Waiter:
+        """A future of that row; equal keys share one place in the read. RuntimeError after `close`."""
+        if self._closed:
+            raise RuntimeError("the feature client is closed")
+        waiter: Waiter = asyncio.get_running_loop().create_future()
+        self._waiting.add(source, key, waiter)
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.create_task(self._serve())
+        return waiter
+
+    def _opened(self) -> bool:
+        done = self._opening
+        return done is not None and done.done() and not done.cancelled() and done.exception() is None
+
+    async def _open(self) -> None:
+        await asyncio.wrap_future(self._reader.submit(self.store.open))
+
+    async def _serve(self) -> None:
+        await asyncio.sleep(self.settings.batch_window_ms / 1000)
+        while batch := self._waiting.take(self.settings.batch_limit):
+            try:
+                await self._read(batch)
+            finally:
+                cancel(batch)
+
+    async def _read(self, batch: Batch) -> None:
+        work = [(view, list(keys)) for view, keys in batch]
+        reading = self._reader.submit(lambda: [self.store.read(view, keys) for view, keys in work])
+        try:
+            found = await asyncio.wait_for(asyncio.wrap_future(reading), self.settings.timeout_s)
+        except TimeoutError:
+            silence = f"gave no answer in {self.settings.timeout_s:g} s"
+            self._failed(batch, Outage(f"the feature store ({self.store.description}) {silence}"))
+        except Outage as error:
+            self._failed(batch, error)
+        else:
+            self._recovered()
+            for (_, keys), rows in zip(batch, found, strict=True):
+                for waiters, row in zip(keys.values(), rows, strict=True):
+                    answer(waiters, row)
+
+    def _failed(self, batch: Batch, error: Outage) -> None:
+        if self.outage_since is None:
+            self.outage_since = self._clock()
+            log.warning("%s; reads wait until it is back", error)
+            view, keys = batch[0]
+            self._probing = asyncio.create_task(self._probe(view, next(iter(keys))))
+        for _, keys in batch:
+            for waiters in keys.values():
+                answer(waiters, error)
+
+    def _recovered(self) -> None:
+        if self.outage_since is not None:
+            log.warning("the feature store is back after %.1f s", self._clock() - self.outage_since)
+            self.outage_since = None
+
+    async def _probe(self, view: str, key: Key) -> None:
+        """Reads on until the store is back, as those who were waiting may have given up."""
+        while self.outage_since is not None:
+            await asyncio.sleep(PROBE_S)
+            with contextlib.suppress(FlinkLlmError):
+                await self.enqueue(view, key)

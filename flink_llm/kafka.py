@@ -1,0 +1,175 @@
+"""Kafka at the edges of a job: sources and sinks of whole records.
+
+Built on Kafka's SQL connector in raw format, bridged to DataStream: key, value, headers and place all
+arrive as they are, a null or broken value is data like any other, and headers are written. PyFlink's
+own DataStream classes give the value only, and a null value restarts the job for ever. ADR 4.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from pyflink.common import Types
+from pyflink.datastream import DataStream
+from pyflink.table import DataTypes, Schema, StreamTableEnvironment
+
+from flink_llm.errors import ConfigError
+from flink_llm.kafka_settings import KafkaSettings, check_transaction_timeout
+
+Delivery = Literal["at_least_once", "exactly_once"]
+Start = Literal["earliest", "latest", "committed"]
+
+_BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
+_HEADERS = Types.MAP(Types.STRING(), _BYTES)
+INBOUND = Types.ROW_NAMED(
+    ["key", "value", "headers", "topic", "partition", "offset", "time"],
+    [_BYTES, _BYTES, _HEADERS, Types.STRING(), Types.INT(), Types.LONG(), Types.INSTANT()],
+)
+"""A record as it was read; `time` is Kafka's timestamp, and the stream record's."""
+
+OUTBOUND = Types.ROW_NAMED(
+    ["key", "value", "headers", "topic"], [_BYTES, _BYTES, _HEADERS, Types.STRING()]
+)
+"""A record to write. `topic` null means the sink's first topic."""
+
+_names = itertools.count()
+IDLE_S = 10
+
+
+def source(
+    tables: StreamTableEnvironment,
+    settings: KafkaSettings,
+    topics: Sequence[str],
+    *,
+    uid: str,
+    start: Start = "committed",
+    bounded: bool = False,
+) -> DataStream:
+    """Records of `topics` as `INBOUND` rows whose event time is Kafka's timestamp.
+
+    `start` is where to begin without a savepoint: "committed" takes the group's offsets, and the
+    earliest where there are none. `bounded` ends at what is there now.
+    """
+    options = {
+        "connector": "kafka",
+        "topic": ";".join(topics),
+        "key.format": "raw",
+        "key.fields": "key",
+        "value.format": "raw",
+        "value.fields-include": "EXCEPT_KEY",
+        "properties.group.id": settings.group,
+        "scan.startup.mode": {"earliest": "earliest-offset", "latest": "latest-offset"}.get(
+            start, "group-offsets"
+        ),
+        "properties.auto.offset.reset": "latest" if start == "latest" else "earliest",
+        "scan.watermark.idle-timeout": f"{IDLE_S} s",
+        **_connection(settings),
+    }
+    if bounded:
+        options["scan.bounded.mode"] = "latest-offset"
+    name = _create(
+        tables,
+        uid,
+        """`key` BYTES, `value` BYTES,
+           `headers` MAP<STRING NOT NULL, BYTES> METADATA VIRTUAL,
+           `topic` STRING NOT NULL METADATA VIRTUAL,
+           `partition` INT NOT NULL METADATA VIRTUAL,
+           `offset` BIGINT NOT NULL METADATA VIRTUAL,
+           `time` TIMESTAMP_LTZ(3) METADATA FROM 'timestamp' VIRTUAL,
+           WATERMARK FOR `time` AS `time` - INTERVAL '0.001' SECOND""",
+        options,
+    )
+    with _uids(tables, uid):
+        stream = tables.to_data_stream(tables.from_path(name))
+    return stream
+
+
+def sink(
+    tables: StreamTableEnvironment,
+    stream: DataStream,
+    settings: KafkaSettings,
+    topics: Sequence[str],
+    *,
+    uid: str,
+    delivery: Delivery = "at_least_once",
+) -> None:
+    """Writes `OUTBOUND` rows, each to its own `topic` (one of `topics`) or else to the first of them.
+
+    Exactly once is transactional, in the pooled naming: `uid` and the consumer group name the
+    transactions, so they must differ between jobs on one broker. Raises ConfigError when the broker's
+    maximum forbids the transaction timeout.
+    """
+    if not topics:
+        raise ConfigError(f"{uid}: a sink needs at least one topic")
+    options = {
+        "connector": "kafka",
+        "topic": ";".join(topics),
+        "key.format": "raw",
+        "key.fields": "key",
+        "value.format": "raw",
+        "value.fields-include": "EXCEPT_KEY",
+        "sink.delivery-guarantee": delivery.replace("_", "-"),
+        "properties.acks": "all",
+        "properties.linger.ms": "0",
+        **_connection(settings),
+    }
+    if delivery == "exactly_once":
+        check_transaction_timeout(settings)
+        options |= {
+            "sink.transaction-naming-strategy": "pooling",
+            "sink.transactional-id-prefix": f"{settings.group}-{uid}",
+            "properties.transaction.timeout.ms": str(settings.transaction_timeout_ms),
+        }
+    columns = """`key` BYTES, `value` BYTES, `headers` MAP<STRING NOT NULL, BYTES> METADATA,
+                 `time` TIMESTAMP_LTZ(3) METADATA FROM 'timestamp'"""
+    selected = "`key`, `value`, `headers`, `time`"
+    if len(topics) > 1:  # the connector has no topic to choose where there is only one
+        columns += ", `topic` STRING NOT NULL METADATA"
+        default = topics[0].replace("'", "''")
+        selected += f", COALESCE(`topic`, '{default}')"
+    name = _create(tables, uid, columns, options)
+    schema = (
+        Schema.new_builder()
+        .column("key", DataTypes.BYTES())
+        .column("value", DataTypes.BYTES())
+        .column("headers", DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES()))
+        .column("topic", DataTypes.STRING())
+        .column_by_metadata("time", DataTypes.TIMESTAMP_LTZ(3), "rowtime")
+        .build()
+    )
+    view = f"{name}_rows"
+    tables.create_temporary_view(view, tables.from_data_stream(stream, schema))
+    statements = tables.create_statement_set()
+    statements.add_insert_sql(f"INSERT INTO `{name}` SELECT {selected} FROM `{view}`")
+    with _uids(tables, uid):
+        statements.attach_as_datastream()
+
+
+def _connection(settings: KafkaSettings) -> dict[str, str]:
+    passed = {f"properties.{name}": value for name, value in settings.properties.items()}
+    return {**passed, "properties.bootstrap.servers": settings.bootstrap_servers}
+
+
+def _create(tables: StreamTableEnvironment, uid: str, columns: str, options: dict[str, str]) -> str:
+    # A name of its own for each table: one client may build several jobs in one catalogue.
+    name = f"{uid}_{next(_names)}".replace("`", "")
+    listed = ", ".join(f"'{key}' = '{value.replace(chr(39), chr(39) * 2)}'" for key, value in options.items())
+    tables.execute_sql(f"CREATE TEMPORARY TABLE `{name}` ({columns}) WITH ({listed})")
+    return name
+
+
+@contextlib.contextmanager
+def _uids(tables: StreamTableEnvironment, uid: str) -> Iterator[None]:
+    """Names the operators that a table edge is translated to after `uid`.
+
+    The planner's own names hold a counter of the whole process, so that a second job, or a table more,
+    would change them and lose a savepoint's state.
+    """
+    config = tables.get_config()
+    config.set("table.exec.uid.generation", "ALWAYS")
+    config.set("table.exec.uid.format", f"{uid}_<transformation>")
+    try:
+        yield
+    finally:
+        config.set("table.exec.uid.format", "<id>_<transformation>")

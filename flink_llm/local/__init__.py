@@ -1,0 +1,1 @@
+"""A developer's machine: a real broker, Flink's connector, the demo, the doctor."""

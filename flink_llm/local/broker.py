@@ -1,0 +1,140 @@
+"""A real Kafka broker (KRaft, one node, loopback) in a state folder that survives."""
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from flink_llm.errors import LocalError
+from flink_llm.local import jars, processes
+
+START_S = 60.0
+TOPICS = ("chat.requests", "chat.tokens", "chat.responses", "chat.failures")
+SETTINGS = """\
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+controller.listener.names=CONTROLLER
+log.dirs={data}
+num.partitions=1
+auto.create.topics.enable=false
+offsets.topic.num.partitions=4
+offsets.topic.replication.factor=1
+transaction.state.log.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+group.initial.rebalance.delay.ms=0
+log.segment.bytes=67108864
+num.network.threads=2
+num.io.threads=2
+"""
+
+
+def state_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the local stack keeps its state: `$FLINK_LLM_HOME`, else `.flink-llm` here."""
+    return Path(environ.get("FLINK_LLM_HOME") or ".flink-llm").absolute()
+
+
+class Broker:
+    """The broker of one state folder. `up` and `down` may come from different processes.
+
+    `port` is chosen free at the first `up` and kept, unless one is given.
+    """
+
+    def __init__(self, state: Path, port: int | None = None) -> None:
+        self._folder = state / "kafka"
+        self._wanted = port
+        self._config = self._folder / "server.properties"
+        self._pid = self._folder / "broker.json"
+        self._log = self._folder / "broker.log"
+
+    @property
+    def port(self) -> int:
+        """The port clients connect to. Raises LocalError before the first `up`."""
+        for line in self._config.read_text().splitlines() if self._config.exists() else []:
+            if line.startswith("advertised.listeners="):
+                return int(line.rsplit(":", 1)[1])
+        raise LocalError("there is no local broker here: run `flink-llm local up`")
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """What a Kafka client is given."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def process(self) -> processes.Started | None:
+        """The running broker, None when it is down."""
+        return processes.recall(self._pid)
+
+    def up(self, topics: Iterable[str] = TOPICS) -> None:
+        """Starts the broker if it is down, waits until it answers, makes the topics (`name[:partitions]`).
+
+        Raises LocalError: Java or Maven missing, port in use, folder not writable.
+        """
+        if self.process is None:
+            try:
+                self._start()
+            except OSError as error:
+                raise LocalError(f"{self._folder} cannot be written: {error.strerror or error}") from error
+        create_topics(self.bootstrap_servers, topics)
+
+    def down(self) -> bool:
+        """Stops the broker; whether one was running."""
+        started = self.process
+        if started is not None:
+            processes.stop(started)
+        self._pid.unlink(missing_ok=True)
+        return started is not None
+
+    def wipe(self) -> None:
+        """Stops the broker and deletes all it has stored."""
+        self.down()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        port = self._wanted or (self.port if self._config.exists() else processes.free_port())
+        if not processes.port_is_free(port):
+            raise LocalError(f"port {port} is in use: give another one with --port")
+        data = self._folder / "data"
+        text = SETTINGS.format(port=port, controller=processes.free_port(), data=data)
+        self._config.write_text(text)
+        classpath = os.pathsep.join(str(jar) for jar in jars.jars("broker"))
+        java = [jars.program("java"), "-Xmx512m", "-XX:+UseSerialGC", "-cp", classpath]
+        if not (data / "meta.properties").exists():
+            self._format(java)
+        command = [*java, "-Dorg.slf4j.simpleLogger.showDateTime=true", "kafka.Kafka", str(self._config)]
+        started = processes.start(command, self._log)
+        processes.remember(started, self._pid)
+        processes.wait_until_answers(port, started, self._log, START_S, "the Kafka broker")
+
+    def _format(self, java: list[str]) -> None:
+        command = [*java, "kafka.tools.StorageTool", "format", "-t", uuid.uuid4().hex[:22], "-c"]
+        ran = subprocess.run([*command, str(self._config)], capture_output=True, text=True)
+        if ran.returncode:
+            reason = (ran.stderr or ran.stdout).strip().splitlines()
+            raise LocalError(f"the broker's folder cannot be set up: {reason[-1] if reason else 'no reason given'}")
+
+
+def create_topics(bootstrap_servers: str, topics: Iterable[str]) -> None:
+    """Makes the topics (`name[:partitions]`) that do not exist yet. Raises LocalError."""
+    from kafka import KafkaAdminClient  # slow to import, and not needed by `status`
+    from kafka.admin import NewTopic
+    from kafka.errors import KafkaError
+
+    wanted = dict(topic.split(":", 1) if ":" in topic else (topic, "1") for topic in topics)
+    try:
+        admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
+        try:
+            missing = set(wanted) - set(admin.list_topics())
+            if missing:
+                new = [NewTopic(name, num_partitions=int(wanted[name]), replication_factor=1) for name in missing]
+                admin.create_topics(new)
+        finally:
+            admin.close()
+    except KafkaError as error:
+        raise LocalError(f"the broker at {bootstrap_servers} refuses: {error}") from error

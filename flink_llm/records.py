@@ -1,0 +1,167 @@
+"""The records of each topic: frozen values with an explicit schema.
+
+A field that a record's type does not name is kept in `unknown_fields` and written back out, so a
+newer producer loses nothing by an older job. Adding a field with a default is compatible, removing
+or renaming one is not; docs/records.md is the public reference.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length", "deadline", "cancelled"]
+Id = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class Record(Struct, frozen=True, kw_only=True):
+    """Base of all records. `unknown_fields` holds what the sender wrote beyond the schema."""
+
+    unknown_fields: dict[str, Any] = {}
+
+
+class Message(Struct, frozen=True):
+    """One turn of a conversation. `content` is plain text: special tokens in it are text."""
+
+    role: Role
+    content: str
+
+
+class ChatRequest(Record, frozen=True, kw_only=True):
+    """What a client asks on `chat.requests`.
+
+    `session_id` is the record's key: one conversation, in turn. `deadline` is in seconds from the
+    record's arrival at the operator. `priority` 0 is served first, 9 last. `entities` are join keys
+    for features (for example `{"order_id": "1042"}`). `reply_to` names the topic of the response,
+    out of the job's configured list. `seed` defaults to a hash of the request id.
+    """
+
+    request_id: Id
+    session_id: Id
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=256)]
+    user_id: Id | None = None
+    entities: dict[str, str | int] = {}
+    model: Id | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=32_768)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=0, lt=2**53)] | None = None
+    stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=8)] = []
+    priority: Annotated[int, Meta(ge=0, le=9)] = 5
+    deadline: Annotated[float, Meta(gt=0, le=3600)] | None = None
+    reply_to: Id | None = None
+
+
+class TokenRecord(Record, frozen=True, kw_only=True):
+    """A piece of a reply on `chat.tokens`, at least once.
+
+    A reader keeps the pieces whose `generation_id` is the one its response names, orders them by
+    `sequence` (from 0, without gaps) and drops repeats: their texts joined are the response's
+    generated text.
+    """
+
+    request_id: str
+    generation_id: str
+    sequence: int
+    text: str
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    """Tokens read and written."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Timings(Struct, frozen=True, kw_only=True):
+    """Milliseconds: waiting in the host, to the first token, per further token, in the operator."""
+
+    queue_ms: float = 0.0
+    first_token_ms: float = 0.0
+    per_token_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+class ChatResponse(Record, frozen=True, kw_only=True):
+    """The answer on `chat.responses`.
+
+    `text` is what a user is shown; `masked` names what a filter has replaced in it ("email",
+    "card"), and is empty when `text` is the generated text unchanged. `features` are the values the
+    prompt was grounded in, `feature_age_s` the age in seconds of the oldest of them.
+    """
+
+    request_id: str
+    session_id: str
+    text: str
+    finish_reason: FinishReason
+    model: str
+    model_hash: str
+    generation_id: str
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+    features: dict[str, Any] = {}
+    feature_age_s: float | None = None
+    masked: list[str] = []
+
+
+class EmbedRequest(Record, frozen=True, kw_only=True):
+    """A text to embed or classify."""
+
+    request_id: Id
+    text: str
+    user_id: Id | None = None
+    entities: dict[str, str | int] = {}
+    model: Id | None = None
+    priority: Annotated[int, Meta(ge=0, le=9)] = 5
+    deadline: Annotated[float, Meta(gt=0, le=3600)] | None = None
+    reply_to: Id | None = None
+
+
+class EmbedResponse(Record, frozen=True, kw_only=True):
+    """`vector` has the model's dimension, float32."""
+
+    request_id: str
+    vector: list[float]
+    model: str
+    model_hash: str
+    usage: Usage = Usage()
+
+
+class ClassifyResponse(Record, frozen=True, kw_only=True):
+    """The best label and the probability of every label (they sum to 1)."""
+
+    request_id: str
+    label: str
+    scores: dict[str, float]
+    model: str
+    model_hash: str
+    usage: Usage = Usage()
+
+
+class Failure(Record, frozen=True, kw_only=True):
+    """Why a record has no result, and where its original is: enough to read and send it again.
+
+    The payload itself is left out unless the job is told to keep it; `payload_sha256` is its hash.
+    `code` is one of `flink_llm.errors.CODES`; `failed_at` is in epoch milliseconds.
+    """
+
+    code: str
+    message: str
+    key: str | None
+    request_id: str | None
+    topic: str | None
+    partition: int | None
+    offset: int | None
+    handler: str
+    failed_at: int
+    headers: dict[str, str] = {}
+    generation_id: str | None = None
+    payload_sha256: str | None = None
+    payload: str | None = None
+
+
+def fields_of(record_type: type) -> frozenset[str]:
+    """Names of the schema's own fields, as they stand on the wire."""
+    return frozenset(f.encode_name for f in msgspec.structs.fields(record_type)) - {"unknown_fields"}

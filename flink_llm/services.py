@@ -1,0 +1,98 @@
+"""Models and features by the names of the configuration: what stands behind `ctx`."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from msgspec import Struct
+
+from flink_llm.engine.client import open_engine
+from flink_llm.engine.generation import Classifier, Embedder, Model
+from flink_llm.engine.protocol import Engine
+from flink_llm.engine.settings import HostSettings
+from flink_llm.errors import ConfigError, Outage
+from flink_llm.feature_settings import FeatureSettings
+from flink_llm.features import FeatureClient, FeatureTable
+from flink_llm.handler import Services
+from flink_llm.names import unknown
+
+Served = TypeVar("Served", Model, Embedder, Classifier)
+START_RETRY_S = 1.0
+
+
+class ServiceSettings(Struct, frozen=True, kw_only=True):
+    """`models` maps a name to its folder; `features` is None for a job without any."""
+
+    models: dict[str, str] = {}
+    host: HostSettings = HostSettings()
+    features: FeatureSettings | None = None
+
+
+def open_services(settings: ServiceSettings | Callable[[], Services] | None) -> Services:
+    """The services of one subtask; nothing is connected before `start`."""
+    if callable(settings):
+        return settings()
+    return RealServices(settings or ServiceSettings())
+
+
+class RealServices:
+    """The `Services` of a job: an engine for its models, a client for its features."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._settings = settings
+        self._engine: Engine | None = None
+        self._served: dict[tuple[type, str], Any] = {}
+        self._features: FeatureClient | None = None
+
+    def model(self, name: str) -> Model:
+        """See `Context.model`."""
+        return self._serve(Model, name)
+
+    def embedder(self, name: str) -> Embedder:
+        """See `Context.embed`."""
+        return self._serve(Embedder, name)
+
+    def classifier(self, name: str) -> Classifier:
+        """See `Context.classify`."""
+        return self._serve(Classifier, name)
+
+    def features(self, name: str) -> FeatureTable:
+        """See `Context.features`."""
+        if self._settings.features is None:
+            raise ConfigError(f"features: the handler asks for {name!r}, the configuration names no repository")
+        if self._features is None:
+            self._features = FeatureClient(self._settings.features)
+        return self._features.table(name)
+
+    def _serve(self, kind: type[Served], name: str) -> Served:
+        folder = self._settings.models.get(name)
+        if folder is None:
+            raise ConfigError(unknown("models", name, self._settings.models))
+        if self._engine is None:
+            self._engine = open_engine(self._settings.host)
+        served: Served = self._served.setdefault((kind, name), kind(self._engine, name, folder))
+        return served
+
+    @property
+    def outage_since(self) -> float | None:
+        """Since when the first part that is out has been out, in monotonic seconds."""
+        parts = [getattr(part, "outage_since", None) for part in (self._engine, self._features)]
+        out = [since for since in parts if since is not None]
+        return min(out) if out else None
+
+    async def start(self) -> None:
+        """Loads every model that was asked for; waits out an outage of the host."""
+        for served in self._served.values():
+            while True:
+                try:
+                    await served.load()
+                    break
+                except Outage:
+                    await asyncio.sleep(START_RETRY_S)
+
+    async def close(self) -> None:
+        """Lets go of the engine and the feature store."""
+        if self._engine is not None:
+            await self._engine.close()
+        if self._features is not None:
+            await self._features.close()

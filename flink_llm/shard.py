@@ -1,0 +1,307 @@
+"""One shard of an operator: what Flink's state must hold so that nothing is lost or said twice.
+
+Everything here runs on Flink's thread, for the key that Flink has set. A record is in `inflight` from
+its arrival until the very call in which its outcome is emitted, so a checkpoint holds either the
+record or the outcome, never both and never neither. State is bytes of `flink_llm.codec` only:
+
+    meta       version, shards, maximum parallelism, operator: refused when they do not fit
+    inflight   sequence → arrival
+    ids        digest of (key, request id) → expiry in epoch ms, hash of the payload
+    answers    the same digest → value and topic of its result
+    states     key → the key's `ctx.state`
+
+`ids` and the names of `states` are mirrored in memory, since asking Flink for something it does not
+have is a blocking round trip.
+"""
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from flink_llm import codec
+from flink_llm.arrivals import Arrival
+from flink_llm.call import Call, Failed, Outcome, Result
+from flink_llm.errors import RecordError, StateError
+from flink_llm.records import Failure
+from flink_llm.runner import Runner, conflict
+
+CACHED_STATES = 20_000
+PURGE_PER_DRAIN = 50
+
+
+class ByteMap(Protocol):
+    """A map in Flink state, or a dictionary of a test: `get` gives None for what is absent."""
+
+    def get(self, key: Any) -> bytes | None: ...
+    def put(self, key: Any, value: bytes) -> None: ...
+    def remove(self, key: Any) -> None: ...
+    def keys(self) -> Iterable[Any]: ...
+    def items(self) -> Iterable[tuple[Any, bytes]]: ...
+
+
+class ByteValue(Protocol):
+    """A value in Flink state."""
+
+    def value(self) -> bytes | None: ...
+    def update(self, value: bytes) -> None: ...
+
+
+class Store(Struct, frozen=True):
+    """The state of whichever shard Flink has set as its key."""
+
+    meta: ByteValue
+    inflight: ByteMap
+    ids: ByteMap
+    answers: ByteMap
+    states: ByteMap
+
+
+class Output(Struct, frozen=True):
+    """One record to emit. `kind` is "result", "partial" or "failure"; `timestamp` its record's."""
+
+    kind: str
+    key: bytes
+    value: bytes
+    headers: dict[str, bytes]
+    topic: str | None
+    timestamp: int | None
+
+
+class Shard:
+    """Takes arrivals in, gives outputs back. Made at the first touch of its key, restored or new.
+
+    Raises StateError when the state was written for another configuration.
+    """
+
+    def __init__(self, number: int, store: Store, runner: Runner) -> None:
+        self.number = number
+        self.runner = runner
+        self.events: deque[tuple[Call, bytes | None]] = deque()
+        self.restored = 0
+        self._store = store
+        self._settings = runner.settings
+        self._open: dict[int, Call] = {}
+        self._per_key: dict[str, int] = {}
+        self._ids: dict[bytes, tuple[int, bytes]] = {}
+        self._expiries: deque[tuple[int, bytes]] = deque()
+        self._known_states: set[str] = set()
+        self._states: OrderedDict[str, bytes] = OrderedDict()
+        self._next = 0
+        self._check_meta()
+        self._restore()
+
+    @property
+    def in_flight(self) -> int:
+        """Records that wait for their outcome to be emitted."""
+        return len(self._open)
+
+    def receive(self, data: bytes) -> Iterator[Output]:
+        """Takes one arrival in. Waits for a place; gives what needs no call at once."""
+        yield from self._admit(self._next, data, restored=False)
+
+    def drain(self) -> Iterator[Output]:
+        """Gives all that is ready: partials, and outcomes together with their changes of state."""
+        events = self.events
+        while events:
+            call, partial = events.popleft()
+            if partial is None:
+                yield from self._commit(call)
+            else:
+                self.runner.sent(call)
+                if call.sequence in self._open:
+                    yield self._output("partial", call.arrival, partial, None)
+        self._purge()
+
+    def drain_all(self) -> Iterator[Output]:
+        """The end of bounded input: waits until nothing is in flight."""
+        yield from self.drain()
+        while self._open:
+            self.runner.wait_for_events(self, 0.1)
+            yield from self.drain()
+
+    # Arrival.
+
+    def _admit(self, sequence: int, data: bytes, *, restored: bool) -> Iterator[Output]:
+        self._next = max(self._next, sequence + 1)
+        arrival = Arrival.from_bytes(data)
+        try:
+            request = arrival.request(self.runner.takes)
+            call = Call(self, sequence, arrival, request)
+            if call.reply_to is not None and call.reply_to not in self._settings.reply_topics:
+                raise RecordError("bad_reply_to", f"reply_to {call.reply_to!r} is not a configured topic")
+        except RecordError as error:
+            call = Call(self, sequence, arrival, None)
+            call.outcome = Failed(error.code, error.message[:2000])
+        else:
+            call.outcome = self._remembered(call)
+        if call.outcome is not None and not self._settings.ordered:
+            yield from self._settle(call)
+            if restored:
+                self._store.inflight.remove(sequence)
+            return
+        if not restored:
+            self._store.inflight.put(sequence, data)
+        self._open[sequence] = call
+        if self.runner.stateful and not self._per_key.get(call.key):
+            call.committed_state = self._state_of(call.key)
+        self._per_key[call.key] = self._per_key.get(call.key, 0) + 1
+        self.runner.submit(call, wait=not restored)
+
+    def _remembered(self, call: Call) -> Outcome | None:
+        if call.identity is None:
+            return None
+        digest = call.identity[1]
+        known = self._ids.get(digest)
+        if known is None or known[0] <= _now_ms():
+            return None
+        if known[1] != call.payload_hash:
+            return conflict(call.request_id)
+        answer = self._store.answers.get(digest)
+        if answer is None:
+            return None
+        value, topic = codec.unpack(answer)
+        self.runner.metrics.add("repeats")
+        return Result(value, topic)
+
+    def _state_of(self, key: str) -> bytes | None:
+        if key not in self._known_states:
+            return None
+        state = self._states.get(key)
+        if state is None:
+            state = self._store.states.get(key)
+            if state is not None:
+                self._cache_state(key, state)
+        return state
+
+    def _cache_state(self, key: str, state: bytes) -> None:
+        self._states[key] = state
+        self._states.move_to_end(key)
+        if len(self._states) > CACHED_STATES:
+            self._states.popitem(last=False)
+
+    # Outcome.
+
+    def _commit(self, call: Call) -> Iterator[Output]:
+        del self._open[call.sequence]
+        self._store.inflight.remove(call.sequence)
+        left = self._per_key[call.key] - 1
+        if left:
+            self._per_key[call.key] = left
+        else:
+            del self._per_key[call.key]
+        yield from self._settle(call)
+        self.runner.committed(call, last_of_key=not left)
+
+    def _settle(self, call: Call) -> Iterator[Output]:
+        outcome = call.outcome
+        if isinstance(outcome, Result):
+            if outcome.state is not None:
+                self._store.states.put(call.key, outcome.state)
+                self._known_states.add(call.key)
+                self._cache_state(call.key, outcome.state)
+            self._remember(call, outcome)
+            self.runner.metrics.add("results")
+            yield self._output("result", call.arrival, outcome.value, outcome.topic)
+        elif isinstance(outcome, Failed):
+            self.runner.metrics.add(f"failures.{outcome.code}")
+            yield self._output("failure", call.arrival, self._failure(call, outcome), None)
+
+    def _remember(self, call: Call, result: Result) -> None:
+        if call.identity is None or self._settings.remember_s <= 0:
+            return
+        digest = call.identity[1]
+        if digest in self._ids and self._ids[digest][0] > _now_ms():
+            return  # a repeat, whose first answer stays the one remembered
+        expiry = _now_ms() + int(self._settings.remember_s * 1000)
+        self._ids[digest] = (expiry, call.payload_hash)
+        self._expiries.append((expiry, digest))
+        self._store.ids.put(digest, codec.pack([expiry, call.payload_hash]))
+        self._store.answers.put(digest, codec.pack([result.value, result.topic]))
+
+    def _purge(self) -> None:
+        now = _now_ms()
+        for _ in range(PURGE_PER_DRAIN):
+            if not self._expiries or self._expiries[0][0] > now:
+                return
+            expiry, digest = self._expiries.popleft()
+            if self._ids.get(digest, (0, b""))[0] != expiry:
+                continue  # run again since, and remembered anew
+            del self._ids[digest]
+            self._store.ids.remove(digest)
+            self._store.answers.remove(digest)
+
+    def _failure(self, call: Call, failed: Failed) -> bytes:
+        arrival = call.arrival
+        payload = arrival.payload()
+        return codec.encode(
+            Failure(
+                code=failed.code,
+                message=failed.message,
+                key=arrival.key,
+                request_id=call.request_id or _raw_request_id(arrival),
+                topic=arrival.topic,
+                partition=arrival.partition,
+                offset=arrival.offset,
+                handler=self.runner.name,
+                failed_at=_now_ms(),
+                headers=arrival.short_headers(),
+                generation_id=failed.generation_id,
+                payload_sha256=call.payload_hash.hex(),
+                payload=payload.decode("utf-8", "replace") if self._settings.keep_payload else None,
+            )
+        )
+
+    def _output(self, kind: str, arrival: Arrival, value: bytes, topic: str | None) -> Output:
+        key = arrival.kafka_key or b"" if arrival.key is None else arrival.key.encode("utf-8", "replace")
+        headers = {name: header or b"" for name, header in arrival.headers.items()}
+        return Output(kind, key, value, headers, topic, arrival.timestamp)
+
+    # State of an earlier run.
+
+    def _check_meta(self) -> None:
+        wanted = [self._settings.shards, self._settings.max_parallelism]
+        stored = self._store.meta.value()
+        if stored is None:
+            self._store.meta.update(codec.pack(wanted))
+            return
+        found = codec.unpack(stored)
+        if list(found[:2]) != wanted:
+            raise StateError(
+                f"state was written with shards={found[0]} and max_parallelism={found[1]}; "
+                f"the job says shards={wanted[0]} and max_parallelism={wanted[1]}: set them back"
+            )
+
+    def _restore(self) -> None:
+        for digest, packed in list(self._store.ids.items()):
+            expiry, payload_hash = codec.unpack(packed)
+            self._ids[digest] = (expiry, payload_hash)
+            self._expiries.append((expiry, digest))
+        self._expiries = deque(sorted(self._expiries))
+        if self.runner.stateful:
+            self._known_states.update(self._store.states.keys())
+        self._held = sorted(self._store.inflight.items())
+        self._next = self._held[-1][0] + 1 if self._held else 0
+
+    def resume(self) -> Iterator[Output]:
+        """Runs again, in order of arrival, what was in flight when the state was written."""
+        held, self._held = self._held, []
+        self.restored = len(held)
+        for sequence, data in held:
+            yield from self._admit(sequence, data, restored=True)
+
+
+def _raw_request_id(arrival: Arrival) -> str | None:
+    """The request id of a record that failed to decode, where one can still be read."""
+    try:
+        value = codec.decode(arrival.value) if arrival.from_kafka else arrival.element
+    except RecordError:
+        return None
+    found = value.get("request_id") if isinstance(value, dict) else None
+    return str(found)[:256] if isinstance(found, (str, int)) else None
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,1 @@
+"""Ready jobs: each has `build(env, config)` and a short `main()`, found through an entry point."""

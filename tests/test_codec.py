@@ -1,0 +1,69 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flink_llm import codec
+from flink_llm.errors import RecordError, StateError
+from flink_llm.records import ChatRequest, Message
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+GOOD = b'{"request_id":"r","session_id":"s","messages":[{"role":"user","content":"hi"}],"colour":"red"}'
+
+
+@given(JSON | st.binary())
+def test_state_bytes_give_back_what_was_packed(value):
+    assert codec.unpack(codec.pack(value)) == value
+
+
+@given(st.text(), st.sampled_from(["user", "assistant", "system"]))
+def test_registered_records_survive_in_state(content, role):
+    turns = {"turns": [Message(role, content)]}
+    assert codec.unpack(codec.pack(turns)) == turns
+
+
+def test_the_first_version_of_state_stays_readable():
+    assert codec.pack({"n": 1, "m": Message("user", "hi")}).hex() == (
+        "0182a16e01a16dc72401"
+        "92ac636861742e6d65737361676582a4726f6c65a475736572a7636f6e74656e74a26869"
+    )
+
+
+def test_unknown_version_is_refused_with_both_versions():
+    with pytest.raises(StateError, match="version 9, this release reads version 1"):
+        codec.unpack(b"\x09\xc0")
+
+
+@pytest.mark.parametrize("value", [object(), {1: 2}, {"a": {3}}, [ValueError()]], ids=repr)
+def test_what_state_cannot_hold_is_refused(value):
+    with pytest.raises(TypeError):
+        codec.pack(value)
+
+
+def test_unknown_fields_are_kept():
+    request = codec.decode(GOOD, ChatRequest)
+    assert request.unknown_fields == {"colour": "red"}
+    assert codec.decode(codec.encode(request), ChatRequest) == request
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "text"),
+    [
+        (None, "null_value", "no value"),
+        (b"{", "malformed", "not valid JSON"),
+        (b'"\xff"', "malformed", "not valid JSON"),
+        (b"[" * 100_000, "malformed", "not valid JSON"),
+        (b"[]", "invalid", "Expected `object`"),
+        (GOOD.replace(b'"hi"', b"5"), "invalid", "$.messages[0].content"),
+        (GOOD.replace(b'"request_id":"r",', b""), "invalid", "missing required field `request_id`"),
+        (GOOD.replace(b'"colour":"red"', b'"max_tokens":-1'), "invalid", "max_tokens"),
+    ],
+)
+def test_bad_values_say_where_and_what(data, code, text):
+    with pytest.raises(RecordError) as caught:
+        codec.decode(data, ChatRequest)
+    assert caught.value.code == code
+    assert text in caught.value.message

@@ -1,0 +1,306 @@
+"""`apply`: an `AsyncUdf` on a stream, as an operator that never waits for a bundle.
+
+A keyed process function over shards. An arriving record is kept in keyed state, its coroutine is
+started on the runner's loop, and a processing-time timer every few milliseconds emits what has ended,
+for as long as anything is in flight. Adapter only: what happens to a record is in `flink_llm.runner`
+and `flink_llm.shard`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from msgspec import Struct
+from pyflink.common import Duration, Row, Types, WatermarkStrategy
+from pyflink.datastream import DataStream, OutputTag, RuntimeExecutionMode, TimeDomain
+from pyflink.datastream.functions import KeyedProcessFunction, ProcessFunction, RuntimeContext
+from pyflink.datastream.state import MapStateDescriptor, ValueStateDescriptor
+from pyflink.java_gateway import get_gateway
+
+from flink_llm import codec
+from flink_llm.arrivals import Arrival, Keyer, KeySpec, shard_of
+from flink_llm.call import OperatorSettings
+from flink_llm.environment import check
+from flink_llm.errors import ConfigError
+from flink_llm.handler import AsyncUdf, signature_of
+from flink_llm.kafka import INBOUND, OUTBOUND
+from flink_llm.runner import Runner
+from flink_llm.services import ServiceSettings, open_services
+from flink_llm.shard import Output, Shard, Store
+
+TIMER_MS = 5
+END_OF_TIME = 2**63 - 1
+WATERMARK_SLACK_MS = 1000
+
+_BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
+_ARRIVAL = Types.TUPLE([Types.INT(), _BYTES])
+_EMITTED = Types.TUPLE([OUTBOUND, Types.LONG()])
+PARTIALS = OutputTag("partials", _EMITTED)
+FAILURES = OutputTag("failures", _EMITTED)
+_TAGS = {"partial": PARTIALS, "failure": FAILURES}
+
+
+class Outputs(Struct, frozen=True):
+    """The three streams of an operator, each of `flink_llm.kafka.OUTBOUND` rows.
+
+    A row has the record's key, the encoded value, its headers, and the topic `reply_to` named (null
+    for the default); its timestamp is its record's, and watermarks are held back by the deadline.
+    """
+
+    results: DataStream
+    partials: DataStream
+    failures: DataStream
+
+
+def apply(
+    stream: DataStream,
+    udf: AsyncUdf,
+    *,
+    key: KeySpec,
+    uid: str,
+    settings: OperatorSettings | None = None,
+    services: ServiceSettings | Callable[[], Any] | None = None,
+) -> Outputs:
+    """Runs `udf` on every record of `stream`.
+
+    `stream` is one from `flink_llm.kafka`, or any other: its elements are then decoded to what `call`
+    takes, and outcomes have no place to be read again from. `key` is the name of a field or a function
+    of the request; it decides whose turn, order and state a record shares. `uid` names the operator in
+    savepoints and must stay the same. `services` are the models and features that `ctx` offers, or a
+    function that makes them.
+
+    Raises ConfigError when the handler, the settings or the environment do not fit.
+    """
+    settings = settings or OperatorSettings()
+    settings = _replace(settings, operator=uid)
+    takes, _ = signature_of(udf)
+    env = stream.get_execution_environment()
+    _check_environment(env, settings)
+    keys = shard_keys(settings.shards, settings.max_parallelism)
+    arrivals = stream.process(_Arrive(key, takes, settings.shards, _is_inbound(stream)), _ARRIVAL)
+    arrivals = arrivals.name(f"{uid}: key").uid(f"{uid}-key")
+    keyed = arrivals.key_by(_ShardKey(keys), Types.INT())
+    keyed._j_data_stream.getTransformation().getInputs()[0].setUid(f"{uid}-shard")
+    operator = _AsyncOperator(udf, settings, services, keys)
+    emitted = keyed.process(operator, _EMITTED).name(uid).uid(uid)
+    emitted._j_data_stream.getTransformation().setMaxParallelism(settings.max_parallelism)
+    return Outputs(
+        _with_event_time(emitted._j_data_stream, settings, f"{uid}-results"),
+        _with_event_time(_side(emitted, PARTIALS), settings, f"{uid}-partials"),
+        _with_event_time(_side(emitted, FAILURES), settings, f"{uid}-failures"),
+    )
+
+
+def shard_keys(shards: int, max_parallelism: int) -> list[int]:
+    """The INT key of each shard, spread so that subtasks differ by one shard at every parallelism.
+
+    Shard i takes key group i * max_parallelism / shards; its key is the smallest number that Flink's
+    own hash puts there. Raises ConfigError unless `max_parallelism` is a multiple of `shards`.
+    """
+    if not 0 < shards <= max_parallelism or max_parallelism % shards:
+        raise ConfigError(
+            f"max_parallelism={max_parallelism} must be a multiple of shards={shards}: "
+            f"set shards to a divisor of it, about 4 for each subtask you will ever run"
+        )
+    jvm = get_gateway().jvm
+    assign = jvm.org.apache.flink.runtime.state.KeyGroupRangeAssignment.assignToKeyGroup
+    row = jvm.org.apache.flink.types.Row(1)  # PyFlink's keys are rows of one field
+    wanted = {shard * max_parallelism // shards: shard for shard in range(shards)}
+    keys: dict[int, int] = {}
+    candidate = 0
+    while len(keys) < shards:
+        row.setField(0, candidate)
+        shard = wanted.get(assign(row, max_parallelism))
+        if shard is not None:
+            keys.setdefault(shard, candidate)
+        candidate += 1
+    return [keys[shard] for shard in range(shards)]
+
+
+class _Arrive(ProcessFunction):
+    """An element to (shard, arrival bytes)."""
+
+    def __init__(self, key: KeySpec, takes: Any, shards: int, inbound: bool) -> None:
+        self._key, self._takes, self._shards, self._inbound = key, takes, shards, inbound
+
+    def open(self, runtime_context: RuntimeContext) -> None:
+        self._keyer = Keyer(self._key, self._takes)
+
+    def process_element(self, value: Any, ctx: ProcessFunction.Context) -> Iterator[tuple[int, bytes]]:
+        if self._inbound:
+            arrival = Arrival(
+                value=value.value,
+                from_kafka=True,
+                kafka_key=value.key,
+                headers=value.headers or {},
+                topic=value.topic,
+                partition=value.partition,
+                offset=value.offset,
+                timestamp=ctx.timestamp(),
+            )
+        else:
+            arrival = Arrival(element=_lower(value), timestamp=ctx.timestamp())
+        by, arrival = self._keyer.arrive(arrival)
+        yield shard_of(by, self._shards), arrival.to_bytes()
+
+
+class _ShardKey:
+    """A shard's INT key. A class, so that it travels by reference to this module."""
+
+    def __init__(self, keys: list[int]) -> None:
+        self._keys = keys
+
+    def __call__(self, arrival: tuple[int, bytes]) -> int:
+        return self._keys[arrival[0]]
+
+
+class _AsyncOperator(KeyedProcessFunction):
+    """See the module's description."""
+
+    def __init__(self, udf: AsyncUdf, settings: OperatorSettings, services: Any, keys: list[int]) -> None:
+        self._udf = udf
+        self._settings = settings
+        self._services = services
+        self._keys = keys
+
+    def open(self, runtime_context: RuntimeContext) -> None:
+        self._numbers = {key: number for number, key in enumerate(self._keys)}
+        self._shards: dict[int, Shard] = {}
+        self._pending: set[int] = set()
+
+        def bytes_by(name: str, key_type: Any) -> Any:
+            return runtime_context.get_map_state(MapStateDescriptor(name, key_type, _BYTES))
+
+        self._store = Store(
+            meta=runtime_context.get_state(ValueStateDescriptor("meta", _BYTES)),
+            inflight=bytes_by("inflight", Types.LONG()),
+            ids=bytes_by("ids", _BYTES),
+            answers=bytes_by("answers", _BYTES),
+            states=bytes_by("states", Types.STRING()),
+        )
+        self._runner = Runner(self._udf, open_services(self._services), self._settings)
+        self._runner.start()
+        self._counters = _Counters(runtime_context, self)
+
+    def close(self) -> None:
+        if hasattr(self, "_runner"):
+            self._runner.close()
+
+    @property
+    def in_flight(self) -> int:
+        return sum(shard.in_flight for shard in self._shards.values())
+
+    def process_element(self, value: Any, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        shard = self._shards.get(value[0])
+        if shard is None:
+            shard = self._touch(value[0], ctx)
+            yield from self._emit(shard.resume(), ctx)
+        yield from self._emit(shard.receive(value[1]), ctx)
+        yield from self._emit(shard.drain(), ctx)
+        self._schedule(shard, ctx)
+
+    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        number = self._numbers[ctx.get_current_key()]
+        shard = self._shards.get(number)
+        if shard is None:
+            shard = self._touch(number, ctx)
+            yield from self._emit(shard.resume(), ctx)
+        if ctx.time_domain() == TimeDomain.EVENT_TIME:
+            yield from self._emit(shard.drain_all(), ctx)
+            return
+        self._pending.discard(number)
+        yield from self._emit(shard.drain(), ctx)
+        self._schedule(shard, ctx)
+
+    def _touch(self, number: int, ctx: Any) -> Shard:
+        shard = self._shards[number] = Shard(number, self._store, self._runner)
+        ctx.timer_service().register_event_time_timer(END_OF_TIME)
+        return shard
+
+    def _schedule(self, shard: Shard, ctx: Any) -> None:
+        if shard.in_flight and shard.number not in self._pending:
+            self._pending.add(shard.number)
+            ctx.timer_service().register_processing_time_timer(int(time.time() * 1000) + TIMER_MS)
+        self._counters.report()
+
+    @staticmethod
+    def _emit(outputs: Iterator[Output], ctx: Any) -> Iterator[Any]:
+        for out in outputs:
+            row = Row(out.key, out.value, out.headers, out.topic)
+            stamp = out.timestamp if out.timestamp is not None else int(time.time() * 1000)
+            tag = _TAGS.get(out.kind)
+            yield (row, stamp) if tag is None else (tag, (row, stamp))
+
+
+class _Counters:
+    """Brings the runner's counts to Flink's metrics, from Flink's thread as PyFlink demands."""
+
+    def __init__(self, runtime_context: RuntimeContext, operator: "_AsyncOperator") -> None:
+        self._group = runtime_context.get_metrics_group().add_group("flink_llm")
+        self._counts = operator._runner.metrics.counts
+        self._flink: dict[str, Any] = {}
+        self._reported: dict[str, int] = {}
+        self._next = 0.0
+        self._group.gauge("in_flight", lambda: operator.in_flight)
+
+    def report(self) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + 1
+        for name, count in list(self._counts.items()):
+            if name not in self._flink:
+                self._flink[name] = self._group.counter(name)
+            self._flink[name].inc(count - self._reported.get(name, 0))
+            self._reported[name] = count
+
+
+def _is_inbound(stream: DataStream) -> bool:
+    found = stream.get_type()
+    found = getattr(found, "_type_info", found)  # a stream that came from a table wraps its type
+    return getattr(found, "_field_names", None) == INBOUND._field_names
+
+
+def _lower(value: Any) -> Any:
+    """An element of any stream as JSON types: rows and tuples lose their class."""
+    if isinstance(value, Row):
+        return {name: _lower(item) for name, item in value.as_dict(True).items()}
+    if isinstance(value, dict):
+        return {str(name): _lower(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_lower(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str, bytes)) or codec.is_registered(value):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _side(stream: DataStream, tag: OutputTag) -> Any:
+    # DataStream.get_side_output would add an identity map in Python behind every side output.
+    return stream._j_data_stream.getSideOutput(tag.get_java_output_tag())
+
+
+def _with_event_time(j_stream: Any, settings: OperatorSettings, uid: str) -> DataStream:
+    """Flink stamps a timer's output with the timer's time; this gives each outcome its record's."""
+    events = get_gateway().jvm.org.apache.flink.streaming.api.functions.python.eventtime
+    behind_ms = int((settings.deadline or 0) * 1000) + WATERMARK_SLACK_MS
+    strategy = WatermarkStrategy.for_bounded_out_of_orderness(Duration.of_millis(behind_ms))
+    stamped = j_stream.assignTimestampsAndWatermarks(
+        strategy._j_watermark_strategy.withTimestampAssigner(events.CustomTimestampAssigner())
+    )
+    stamped = stamped.uid(f"{uid}-time").name(f"{uid}: event time")
+    plain = stamped.map(events.RemoveTimestampMapFunction(), OUTBOUND.get_java_type_info())
+    return DataStream(plain.uid(uid).name(uid))
+
+
+def _replace(settings: OperatorSettings, **changes: Any) -> OperatorSettings:
+    values = {name: getattr(settings, name) for name in settings.__struct_fields__}
+    return OperatorSettings(**{**values, **changes})
+
+
+def _check_environment(env: Any, settings: OperatorSettings) -> None:
+    mode: Literal["BATCH"] | str = env._j_stream_execution_environment.getConfiguration().getString(
+        "execution.runtime-mode", "STREAMING"
+    )
+    if mode.upper() == RuntimeExecutionMode.BATCH.name:
+        raise ConfigError("execution.runtime-mode is BATCH, which sorts by key and runs no timers: use STREAMING")
+    check(env, settings.capacity)
