@@ -7,13 +7,13 @@ says what is wrong with an environment that somebody else has made.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from msgspec import Meta, Struct
 from pyflink.common import Configuration
 from pyflink.datastream import CheckpointingMode, StreamExecutionEnvironment
 
 from flink_llm.errors import ConfigError
+from flink_llm.flink_settings import FlinkSettings
 from flink_llm.local import jars
 
 BUNDLE_TIME = "python.fn-execution.bundle.time"
@@ -22,23 +22,6 @@ BUNDLE_TIME_MS = 3
 BUFFER_TIMEOUT_MS = 1
 SLOWEST_S = 0.02
 """A blocked bundle may hold the mailbox for about so long: seconds of completions in one bundle."""
-
-
-class FlinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`expected_rate` is completions a second and subtask, where it is known: it sizes the bundles.
-
-    `properties` are Flink options, set as they are. Without `checkpoint_dir` checkpoints are kept by the
-    job manager: they survive a failure of the job, not of the cluster.
-    """
-
-    parallelism: Annotated[int, Meta(ge=1)] = 1
-    max_parallelism: Annotated[int, Meta(ge=1, le=32768)] = 128
-    shards: Annotated[int, Meta(ge=1)] = 16
-    expected_rate: Annotated[float, Meta(gt=0)] | None = None
-    delivery: Literal["at_least_once", "exactly_once"] = "at_least_once"
-    checkpoint_interval_ms: Annotated[int, Meta(ge=10)] = 1000
-    checkpoint_dir: str | None = None
-    properties: dict[str, str] = {}
 
 
 def bundle_size(capacity: int, expected_rate: float | None) -> int:

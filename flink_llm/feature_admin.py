@@ -14,10 +14,10 @@ from typing import Any
 
 from msgspec import Struct
 
-from flink_llm.errors import ConfigError, FlinkLlmError
+from flink_llm.errors import ConfigError, FlinkLlmError, Outage
 from flink_llm.feature_config import describe_store, quiet, registry_file, repo_config
-from flink_llm.feature_settings import FeatureSettings
-from flink_llm.feature_store import Store
+from flink_llm.feature_settings import FeatureSettings, masked
+from flink_llm.feature_store import Store, disconnect
 from flink_llm.local import demo_data
 
 _PROBE_KEY: dict[str, str | int | bytes] = {
@@ -67,22 +67,27 @@ def apply_repo(settings: FeatureSettings) -> None:
 
         with _imported(config.repo_path) as modules:
             objects = _definitions(modules)
+        store = FeatureStore(config=config)
         try:
-            store = FeatureStore(config=config)
             names = {(type(each), each.name) for each in objects}
             held = [*store.list_all_feature_views(), *store.list_feature_services()]
             gone = [each for each in held if (type(each), each.name) not in names]
             store.apply(objects, objects_to_delete=gone, partial=False)
         except Exception as error:  # Feast raises many kinds for definitions that do not fit
-            reason = " ".join(str(error).split())
+            reason = masked(" ".join(str(error).split()))
             raise ConfigError(f"features.repo: Feast refuses the definitions: {reason}") from error
+        finally:
+            disconnect(store)
     if config.online_store.type == "sqlite":
         with contextlib.closing(sqlite3.connect(config.online_store.path)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
 
 
 def fill_demo(settings: FeatureSettings, *, seed: int = demo_data.DEFAULT_SEED) -> dict[str, int]:
-    """Writes the demo shop's rows, valid from now, into an applied repository: view → rows written."""
+    """Writes the demo shop's rows, valid from now, into an applied repository: view → rows written.
+
+    Raises ConfigError, Outage.
+    """
     config = repo_config(settings)
     file = registry_file(config)
     if file is not None and not file.is_file():
@@ -92,8 +97,14 @@ def fill_demo(settings: FeatureSettings, *, seed: int = demo_data.DEFAULT_SEED) 
 
         store = FeatureStore(config=config)
         frames = demo_data.frames(seed)
-        for view, frame in frames.items():
-            store.write_to_online_store(view, frame)
+        try:
+            for view, frame in frames.items():
+                store.write_to_online_store(view, frame)
+        except Exception as error:
+            where = describe_store(config)
+            raise Outage(f"the feature store ({where}) cannot be written: {masked(str(error))}") from error
+        finally:
+            disconnect(store)
     return {view: len(frame) for view, frame in frames.items()}
 
 

@@ -112,6 +112,19 @@ def plain_value(value: Any) -> Any:
     return feast_value_type_to_python_type(value)
 
 
+def disconnect(store: Any) -> None:
+    """Closes the connection of a Feast store; the next use opens another.
+
+    Feast's own `close` does nothing for sqlite and is a coroutine for Redis, of the asyncio client only.
+    """
+    online = store.provider.online_store
+    for name in ("_conn", "_client"):
+        connection = getattr(online, name, None)
+        if connection is not None:
+            setattr(online, name, None)
+            connection.close()
+
+
 def _is_of_a_row(error: Exception) -> bool:
     """Whether a row's content raised this: decoding and on-demand transformations do, stores do not."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -226,20 +239,13 @@ class Store:
         inode = os.stat(config.online_store.path).st_ino
         if inode == self._inode:
             return
-        self._disconnect()
+        disconnect(self._store)
         connection = self._store.provider.online_store._get_conn(config)
         connection.execute(f"PRAGMA busy_timeout = {int(self.settings.timeout_s * BUSY_SHARE * 1000)}")
         connection.execute("PRAGMA query_only = ON")
         self._inode = inode
 
-    def _disconnect(self) -> None:
-        online = self._store.provider.online_store
-        connection = getattr(online, "_conn", None)
-        online._conn = None
-        if connection is not None:
-            connection.close()
-
     def close(self) -> None:
         """Closes what the store keeps open, on the thread that read."""
-        if self._store is not None and self._store.config.online_store.type == "sqlite":
-            self._disconnect()
+        if self._store is not None:
+            disconnect(self._store)

@@ -40,6 +40,13 @@ class FeatureTable:
         self._spec: TableSpec | None = None
         self._warned = False
 
+    @property
+    def join_keys(self) -> tuple[str, ...]:
+        """The keys that `get` is to be given. Raises ConfigError before the client has started."""
+        if self._spec is None:
+            raise ConfigError(f"the features {self.name} are not open yet: ask for their keys in call()")
+        return self._spec.keys
+
     def resolve(self, store: Store) -> TableSpec:
         """Looks the table up in an opened store, once. Raises ConfigError."""
         if self._spec is None:
@@ -66,9 +73,8 @@ class FeatureTable:
         rows = iter(await asyncio.gather(*waiters))
         merged = [(part, key, next(rows) if key is not None else None) for part, key in asked]
         now = self._client.now()
-        if not self._warned and any(
-            row is not None and (row.at or 0) > now + FUTURE_S for _, _, row in merged
-        ):
+        newest = max((row.at or 0.0 for _, _, row in merged if row is not None), default=0.0)
+        if newest > now + FUTURE_S and not self._warned:
             self._warned = True
             log.warning("%s: rows are dated in the future; do clocks or time zones (TZ) differ?", self.name)
         return _merged(keys, merged, now)

@@ -8,7 +8,9 @@ from msgspec import Meta, Struct
 
 from flink_llm.errors import ConfigError
 
-_SECRET = re.compile(r"password|secret|token|jaas|\bkey\b|\.key", re.IGNORECASE)
+_SECRET = re.compile(
+    r"password|secret|jaas|connection_string|(^|[._])token$|(ssl|api|access|private)[._].*key", re.IGNORECASE
+)
 MASK = "********"
 PROBE_MS = 10_000
 _MAXIMUM = "transaction.max.timeout.ms"
@@ -34,7 +36,7 @@ def masked(value: object) -> object:
     """`value` with every secret replaced, for printing: entries whose name says password, secret, ..."""
     if isinstance(value, dict):
         return {
-            name: MASK if isinstance(name, str) and _SECRET.search(name) and item else masked(item)
+            name: MASK if isinstance(item, str) and _SECRET.search(str(name)) else masked(item)
             for name, item in value.items()
         }
     return [masked(item) for item in value] if isinstance(value, list) else value

@@ -81,7 +81,9 @@ class RealServices:
         return min(out) if out else None
 
     async def start(self) -> None:
-        """Loads every model that was asked for; waits out an outage of the host."""
+        """Opens the feature store and loads every model asked for; waits out an outage of the host."""
+        if self._features is not None:
+            await self._features.start()
         for served in self._served.values():
             while True:
                 try:

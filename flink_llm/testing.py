@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,6 +29,8 @@ from flink_llm.errors import ConfigError
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.runner import Runner
 from flink_llm.shard import Output, Shard, Store
+
+Served = TypeVar("Served", Model, Embedder, Classifier)
 
 
 class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,7 +117,7 @@ class ScriptedBackend:
 
     @staticmethod
     def _delay(script: Script, work: Submit) -> float:
-        if script.delay == "fixed":
+        if script.delay == "fixed" or script.first_ms == 0:
             return script.first_ms / 1000
         return random.Random(work.request_id).expovariate(1000 / script.first_ms)
 
@@ -184,7 +186,7 @@ class FakeServices:
         """See `Context.features`."""
         return FakeFeatures(self._features[name])
 
-    def _keep(self, served: Any) -> Any:
+    def _keep(self, served: Served) -> Served:
         self._served.append(served)
         return served
 
@@ -341,4 +343,4 @@ def _scripted(settings: HostSettings) -> Backend:
 
 
 if __name__ == "__main__":
-    host.command(_scripted)()
+    host.command(_scripted, "flink_llm.testing")()

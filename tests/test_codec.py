@@ -27,8 +27,7 @@ def test_registered_records_survive_in_state(content, role):
 
 def test_the_first_version_of_state_stays_readable():
     assert codec.pack({"n": 1, "m": Message("user", "hi")}).hex() == (
-        "0182a16e01a16dc72401"
-        "92ac636861742e6d65737361676582a4726f6c65a475736572a7636f6e74656e74a26869"
+        "0182a16e01a16dc7240192ac636861742e6d65737361676582a4726f6c65a475736572a7636f6e74656e74a26869"
     )
 
 

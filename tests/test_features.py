@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 
 from flink_llm.errors import ConfigError, Outage, RecordError
 from flink_llm.feature_admin import apply_repo, describe, fill_demo
+from flink_llm.feature_config import repo_config
 from flink_llm.feature_keys import KeyField
 from flink_llm.feature_row import FeatureRow
 from flink_llm.feature_settings import FeatureSettings
+from flink_llm.feature_store import disconnect
 from flink_llm.features import FeatureClient
 from flink_llm.local import demo_data
 
@@ -122,12 +124,12 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> FeatureSettings:
 
 def write(where: FeatureSettings, view: str, rows: list[dict[str, Any]], at: datetime | None = None) -> None:
     import pandas as pd
-    from feast import FeatureStore
-
-    from flink_llm.feature_config import repo_config
+    from feast import FeatureStore  # slow to import
 
     frame = pd.DataFrame(rows).assign(event_timestamp=at or datetime.now(UTC))
-    FeatureStore(config=repo_config(where)).write_to_online_store(view, frame)
+    store = FeatureStore(config=repo_config(where))
+    store.write_to_online_store(view, frame)
+    disconnect(store)
 
 
 def test_a_row_holds_its_keys_and_features(shop: FeatureSettings) -> None:

@@ -9,22 +9,21 @@ import contextlib
 import logging
 import os
 import random
-import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
-from filelock import FileLock
 
 from flink_llm import __version__
+from flink_llm.engine.launch import start_host
 from flink_llm.engine.place import socket_path
 from flink_llm.engine.protocol import (
     PROTOCOL_VERSION,
     Cancel,
     Done,
     Engine,
-    Event,
     Fault,
     FrameReader,
     Hello,
@@ -33,18 +32,23 @@ from flink_llm.engine.protocol import (
     Ping,
     Pong,
     Submit,
+    ToClient,
+    ToHost,
     Tokens,
     Welcome,
     frame,
 )
-from flink_llm.engine.settings import HostSettings, resolve_device
+from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import Events
-from flink_llm.errors import ConfigError, ModelFolderError, Outage, ProtocolError
-from flink_llm.local import processes
+from flink_llm.errors import ModelFolderError, Outage, ProtocolError, RecordError
 
 log = logging.getLogger(__name__)
 BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 2.0
 PING_S = 1.0
+GREETING_S = 10.0
+FINISH_S = 1.0
+TOLD_EVERY = 15
+"""Of the failed attempts to reach the host, every how many is a warning in the log."""
 
 
 def open_engine(settings: HostSettings) -> Engine:
@@ -58,72 +62,75 @@ def open_engine(settings: HostSettings) -> Engine:
 
 
 class HostClient:
-    """An `Engine` over the host's socket. One connection, used from one loop."""
+    """An `Engine` over the host's socket. One connection, used from one loop.
+
+    `outage_since`: monotonic seconds since when the host has been gone or silent, None while it is
+    there with all models loaded. The first connection may fail for good (ConfigError, ModelFolderError,
+    ProtocolError); once there was one, whatever keeps the next from coming is an outage.
+    """
 
     def __init__(self, settings: HostSettings) -> None:
         self._settings = settings
         self._connection: _Connection | None = None
-        self._ready = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self._loaded: dict[str, Loaded] = {}
+        self._arrival: asyncio.Future[_Connection | Exception] | None = None
+        self._waiting: dict[int, tuple[Submit, Events]] = {}
+        self._loaded: dict[str, str] = {}
         self._next_call = 0
-        self._failure: Exception | None = None
+        self._was_up = False
+        self._closed = False
         self.outage_since: float | None = None
 
     async def load(self, folder: str, sha256: str | None = None) -> Loaded:
-        """See `Engine.load`. Starts the host if there is none."""
-        self._keep()
-        await self._until_ready()
-        folder = str(Path(folder).absolute())
-        loaded = await self._load(self._require(), folder, sha256)
-        self._loaded[folder] = loaded
+        """See `Engine.load`. Starts the host if there is none; waits out an outage."""
+        folder = _absolute(folder)
+        loaded = await self._load(await self._connected(), folder, sha256)
+        self._loaded[folder] = loaded.sha256
         return loaded
 
     def submit(self, work: Submit) -> Events:
         """See `Engine.submit`. While the host is gone the work waits for the next one."""
-        self._keep()
         self._next_call += 1
         call = self._next_call
-        events = Events(lambda _: self._cancel(call))
+        events = Events(partial(self._cancel, call))
         work = msgspec.structs.replace(work, call=call)
-        if self._ready.is_set() and self._connection is not None:
+        if self._closed:
+            events.push(Outage("the engine is closed"))
+        elif self._connection is not None:
             self._connection.submit(work, events)
         else:
-            asyncio.get_running_loop().create_task(self._submit_later(work, events))
+            self._waiting[call] = (work, events)
+            self._keep()
         return events
 
     async def close(self) -> None:
-        """Lets go of the host; what is in flight goes on there for a while."""
+        """See `Engine.close`. The host stays for its other clients, or for a while."""
+        self._closed = True
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
         if self._connection is not None:
-            self._connection.close()
-
-    async def _submit_later(self, work: Submit, events: Events) -> None:
-        try:
-            await self._until_ready()
-            if not events.closed:
-                self._require().submit(work, events)
-        except Exception as error:  # told to whoever waits for the events
-            events.push(error)
+            await self._connection.finish()
+        self._refuse(Outage("the engine is closed"))
 
     def _cancel(self, call: int) -> None:
-        if self._connection is not None:
+        if self._waiting.pop(call, None) is None and self._connection is not None:
             self._connection.cancel(call)
 
-    def _require(self) -> "_Connection":
-        if self._connection is None or not self._ready.is_set():
-            raise Outage("the model host is gone")
-        return self._connection
-
-    async def _until_ready(self) -> None:
-        while not self._ready.is_set():
-            if self._failure is not None:
-                raise self._failure
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ready.wait(), 0.25)
+    async def _connected(self) -> "_Connection":
+        """The connection, when there is one. Raises what keeps the first one from coming."""
+        if self._closed:
+            raise Outage("the engine is closed")
+        if self._connection is not None:
+            return self._connection
+        self._keep()
+        if self._arrival is None:
+            self._arrival = asyncio.get_running_loop().create_future()
+        arrived = await asyncio.shield(self._arrival)
+        if isinstance(arrived, Exception):
+            raise arrived
+        return arrived
 
     def _keep(self) -> None:
         if self._keeper is None or self._keeper.done():
@@ -133,41 +140,43 @@ class HostClient:
         attempt = 0
         while True:
             try:
-                connection = await self._connect()
-                for folder, loaded in list(self._loaded.items()):
-                    await self._load(connection, folder, loaded.sha256)
-            except (Outage, OSError) as error:
+                connection = await self._open()
+            except Exception as error:  # whatever it is, this task must go on: every call waits for it
+                transient = self._was_up or isinstance(error, (Outage, OSError))
+                if not transient:
+                    return self._refuse(error)
                 self._out()
-                log.warning("the model host cannot be reached: %s", error)
-                limit = min(BACKOFF_LIMIT_S, BACKOFF_S * 2**attempt)
+                level = logging.DEBUG if attempt % TOLD_EVERY else logging.WARNING
+                log.log(level, "the model host cannot be reached: %s", error)
+                limit = min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(attempt, 10))
                 await asyncio.sleep(random.uniform(0.5, 1) * limit)
                 attempt += 1
-                continue
-            except (ConfigError, ModelFolderError, ProtocolError) as error:
-                self._failure = error
-                return
-            attempt = 0
-            self._connection = connection
-            self.outage_since = None
-            self._ready.set()
-            await connection.watch(self._settings.silence_s)
-            self._ready.clear()
-            self._out()
-            log.warning("the model host is gone; its work is tried again when it is back")
+            else:
+                attempt = 0
+                self._up(connection)
+                await connection.lost.wait()
+                log.warning("the model host is gone; its work is tried again when it is back")
 
-    def _out(self) -> None:
-        if self.outage_since is None:
-            self.outage_since = time.monotonic()
+    async def _open(self) -> "_Connection":
+        """A new connection, welcomed, with all models loaded that were loaded before."""
+        connection = await self._connect()
+        try:
+            await connection.greet(self._settings.silence_s)
+            for folder, sha256 in list(self._loaded.items()):
+                await self._load(connection, folder, sha256)
+        except BaseException:
+            connection.abort()
+            raise
+        return connection
 
     async def _connect(self) -> "_Connection":
         path = socket_path(self._settings)
         loop = asyncio.get_running_loop()
         for start in (False, True):
             if start:
-                await asyncio.to_thread(_start_host, self._settings, path)
+                await asyncio.to_thread(start_host, self._settings, path)
             with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
-                _, connection = await loop.create_unix_connection(_Connection, str(path))
-                await connection.greet(self._settings.silence_s)
+                _, connection = await loop.create_unix_connection(lambda: _Connection(self._down), str(path))
                 return connection
         raise Outage(f"the model host does not answer at {path}")
 
@@ -180,18 +189,58 @@ class HostClient:
             raise ModelFolderError(answer.message)
         raise Outage(getattr(answer, "message", "the host gave no answer"))
 
+    def _up(self, connection: "_Connection") -> None:
+        if connection.lost.is_set():
+            return self._out()
+        self._connection = connection
+        self._was_up = True
+        self.outage_since = None
+        waiting, self._waiting = self._waiting, {}
+        for work, events in waiting.values():
+            connection.submit(work, events)
+        self._arrive(connection)
+
+    def _down(self, connection: "_Connection") -> None:
+        if connection is self._connection:
+            self._connection = None
+            self._out()
+
+    def _out(self) -> None:
+        if self.outage_since is None:
+            self.outage_since = time.monotonic()
+
+    def _refuse(self, error: Exception) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for _, events in waiting.values():
+            events.push(error)
+        self._arrive(error)
+
+    def _arrive(self, arrived: "_Connection | Exception") -> None:
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None:
+            arrival.set_result(arrived)
+
+
+def _absolute(folder: str) -> str:
+    return os.path.abspath(folder)
+
 
 class _Connection(asyncio.Protocol):
-    """One connection to a host: calls by number, frames of one turn of the loop in one write."""
+    """One connection to a host: calls by number, frames of one turn of the loop in one write.
 
-    def __init__(self) -> None:
+    `lost` is set once it has ended; `on_lost` is called first, then every call ends in Outage.
+    """
+
+    def __init__(self, on_lost: Callable[["_Connection"], None]) -> None:
+        self.lost = asyncio.Event()
+        self._on_lost = on_lost
         self._reader = FrameReader("client")
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, Events] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._unsent: list[bytes] = []
-        self._heard = time.monotonic()
-        self._lost = asyncio.Event()
+        self._heard = False
+        self._watcher: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
@@ -200,134 +249,127 @@ class _Connection(asyncio.Protocol):
         self._fail()
 
     def data_received(self, data: bytes) -> None:
-        self._heard = time.monotonic()
+        self._heard = True
         try:
             for message in self._reader.feed(data):
                 self._handle(message)
         except ProtocolError as error:
             log.error("the model host breaks the protocol: %s", error)
-            self.close()
+            self.abort()
 
-    async def greet(self, patience: float) -> None:
-        """The handshake. Raises ProtocolError for another version, Outage for silence."""
-        client = f"{os.getpid()}"
-        hello = Hello(protocol=PROTOCOL_VERSION, package=__version__, client=client)
+    async def greet(self, silence_s: float) -> None:
+        """The handshake. Raises ProtocolError for another version, Outage for silence.
+
+        From here on a host that is silent for `silence_s` is taken for dead.
+        """
+        hello = Hello(protocol=PROTOCOL_VERSION, package=__version__, client=str(os.getpid()))
         try:
-            answer = await asyncio.wait_for(self._ask(0, hello), max(patience, 10.0))
+            answer = await asyncio.wait_for(self._ask(0, hello), max(silence_s, GREETING_S))
         except TimeoutError as error:
-            self.close()
             raise Outage("the model host accepts connections and says nothing") from error
         if not isinstance(answer, Welcome):
-            self.close()
             raise ProtocolError(getattr(answer, "message", "the model host does not greet"))
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(silence_s))
 
     async def ask(self, load: Load) -> Any:
         """Sends a `Load` and waits for its answer. Raises Outage when the host goes meanwhile."""
         return await self._ask(load.call, load)
 
-    async def _ask(self, call: int, message: Any) -> Any:
+    async def _ask(self, call: int, message: ToHost) -> Any:
+        if self.lost.is_set():
+            raise Outage("the model host is gone")
         future = self._answers[call] = asyncio.get_running_loop().create_future()
-        self._send(message)
+        self._send(frame(message))
         return await future
 
     def submit(self, work: Submit, events: Events) -> None:
         """Sends work whose answers go to `events`."""
+        if self.lost.is_set():
+            return events.push(Outage("the model host is gone"))
+        try:
+            data = frame(work)
+        except ProtocolError as error:
+            return events.push(RecordError("too_large", str(error)))
         self._calls[work.call] = events
-        self._send(work)
+        self._send(data)
 
     def cancel(self, call: int) -> None:
         """Stops a call that has not ended."""
         if self._calls.pop(call, None) is not None:
-            self._send(Cancel(call=call))
+            self._send(frame(Cancel(call=call)))
 
-    async def watch(self, silence_s: float) -> None:
-        """Returns when the connection is lost, or the host has been silent for `silence_s`."""
-        while not self._lost.is_set():
-            self._send(Ping(call=0))
+    async def finish(self) -> None:
+        """Cancels what is in flight and ends the connection."""
+        calls = list(self._calls)
+        for call in calls:
+            self._calls[call].push(Outage("the engine is closed"))
+            self.cancel(call)
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._lost.wait(), min(PING_S, silence_s / 3))
-            if time.monotonic() - self._heard > silence_s:
-                log.warning("the model host has said nothing for %s s", silence_s)
-                self.close()
+                await asyncio.wait_for(self.lost.wait(), FINISH_S)
+            self.abort()
 
-    def close(self) -> None:
+    def abort(self) -> None:
         """Ends the connection; every call in flight ends in Outage."""
         if self._transport is not None:
             self._transport.abort()
         self._fail()
 
-    def _send(self, message: Any) -> None:
-        if self._lost.is_set():
+    async def _watch(self, silence_s: float) -> None:
+        """Ends the connection when the host has been silent for `silence_s`.
+
+        Turns are counted, not time: a loop that was itself held up has proved nothing.
+        """
+        step = min(PING_S, silence_s / 3)
+        ping = frame(Ping(call=0))
+        quiet = 0.0
+        while quiet < silence_s * 0.999:
+            self._heard = False
+            self._send(ping)
+            await asyncio.sleep(step)
+            quiet = 0.0 if self._heard else quiet + step
+        log.warning("the model host has said nothing for %s s", silence_s)
+        self.abort()
+
+    def _send(self, data: bytes) -> None:
+        if self.lost.is_set():
             return
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._unsent.append(frame(message))
+        self._unsent.append(data)
 
     def _flush(self) -> None:
         data, self._unsent = b"".join(self._unsent), []
-        if self._transport is not None and not self._lost.is_set():
+        if data and self._transport is not None and not self.lost.is_set():
             self._transport.write(data)
 
-    def _handle(self, message: Any) -> None:
-        if isinstance(message, (Tokens, Done)) or (isinstance(message, Fault) and message.call in self._calls):
-            event: Event = message
-            events = self._calls.get(event.call)
-            if events is None:
-                return
-            if not isinstance(event, Tokens):
-                del self._calls[event.call]
-            events.push(event)
+    def _handle(self, message: ToClient) -> None:
+        if isinstance(message, Tokens):
+            events = self._calls.get(message.call)
+            if events is not None:
+                events.push(message)
+        elif isinstance(message, Done) or (isinstance(message, Fault) and message.call in self._calls):
+            events = self._calls.pop(message.call, None)
+            if events is not None:
+                events.push(message)
         elif not isinstance(message, Pong):
-            call = getattr(message, "call", 0)
-            future = self._answers.pop(call, None)
+            future = self._answers.pop(getattr(message, "call", 0), None)
             if future is not None and not future.done():
                 future.set_result(message)
 
     def _fail(self) -> None:
-        if self._lost.is_set():
+        if self.lost.is_set():
             return
-        self._lost.set()
+        self.lost.set()
+        if self._watcher is not None and self._watcher is not asyncio.current_task():
+            self._watcher.cancel()
+        self._on_lost(self)
         calls, self._calls = self._calls, {}
         for events in calls.values():
             events.push(Outage("the model host is gone"))
-        for future in self._answers.values():
+        answers, self._answers = self._answers, {}
+        for future in answers.values():
             if not future.done():
                 future.set_exception(Outage("the model host is gone"))
-        self._answers.clear()
-
-
-def _start_host(settings: HostSettings, path: Path) -> None:
-    """Starts the host unless somebody else just has; waits until it listens. Raises Outage, ConfigError."""
-    with FileLock(path.with_suffix(".lock"), timeout=settings.start_timeout_s):
-        if _listening(path):
-            return
-        log_file = path.with_suffix(".log")
-        command = [
-            sys.executable, "-m", settings.launcher, "--device", resolve_device(settings.device),
-            "--socket", str(path), "--threads", str(settings.threads), "--slots", str(settings.slots),
-            "--queue", str(settings.queue), "--linger", str(settings.linger_s), *settings.launcher_args,
-        ]  # fmt: skip
-        log.info("starting the model host (%s), log in %s", resolve_device(settings.device), log_file)
-        started = processes.start(command, log_file)
-        deadline = time.monotonic() + settings.start_timeout_s
-        while not _listening(path):
-            if started.process() is None:
-                words = log_file.read_text(errors="replace").strip().splitlines()
-                last = words[-1] if words else "no output"
-                raise ConfigError(f"the model host ended at its start: {last} (log: {log_file})")
-            if time.monotonic() > deadline:
-                processes.stop(started)
-                raise Outage(f"the model host did not start within {settings.start_timeout_s} s (log: {log_file})")
-            time.sleep(0.05)
-
-
-def _listening(path: Path) -> bool:
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True

@@ -1,20 +1,33 @@
 """What a handler holds: a model to chat with, an embedder, a classifier, and a reply on its way."""
 
 import hashlib
+import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
-from flink_llm.engine.protocol import Done, Engine, Fault, FinishReason, Loaded, Options, Submit, Tokens
+from flink_llm.engine.options import Choices, chosen
+from flink_llm.engine.protocol import (
+    Done,
+    Engine,
+    Event,
+    EventStream,
+    Fault,
+    FinishReason,
+    Loaded,
+    Submit,
+    Tokens,
+)
 from flink_llm.errors import ConfigError, Outage, Overloaded, RecordError
 from flink_llm.records import ChatResponse, Message, Timings, TokenRecord, Usage
 
-_DRAWS = 2**53
 _stable = msgspec.msgpack.Encoder(order="deterministic")
 
 
@@ -48,19 +61,22 @@ class CallInfo:
 
 
 current_call: ContextVar[CallInfo] = ContextVar("current_call")
-_OUTSIDE = CallInfo(job="", operator="", key="", request_id="outside", session_id="")
 
 
-def default_seed(request_id: str) -> int:
-    """The seed of a request that names none: so a repeat says the same."""
-    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big") % _DRAWS
+def _call_info() -> CallInfo:
+    """The record that is being worked on; outside of one, work that is never found again."""
+    info = current_call.get(None)
+    if info is not None:
+        return info
+    return CallInfo(job="", operator="", key=uuid.uuid4().hex, request_id="outside", session_id="")
 
 
 def work_id(info: CallInfo, what: Submit) -> str:
     """What a piece of work is found again by after a restore.
 
     A hash of job, operator, key, request id, model, input, options, and how many identical calls came
-    before it in this record. Frozen: another formula would repeat generations instead of re-attaching.
+    before it in this record, which this call becomes one of. Frozen: another formula would repeat
+    generations instead of re-attaching.
     """
     parts = [
         info.job, info.operator, info.key, info.request_id, what.model, what.kind, what.messages,
@@ -95,27 +111,33 @@ class _Served:
             raise ConfigError(f"models.{self.name} is not loaded: ask for it in open()")
         return self._loaded
 
-    def _work(self, kind: Any, **fields: Any) -> tuple[Submit, CallInfo]:
-        info = current_call.get(_OUTSIDE)
-        work = Submit(
-            call=0, model=self.loaded.sha256, kind=kind, work="", request_id=info.request_id,
-            deadline=info.remaining(), priority=info.priority, **fields,
-        )  # fmt: skip
-        return msgspec.structs.replace(work, work=work_id(info, work)), info
+    def _work(self, info: CallInfo, kind: Literal["generate", "embed", "classify"], **fields: Any) -> Submit:
+        """Raises RecordError for what no engine could read: one record's must not break a connection."""
+        plain = {
+            "call": 0, "model": self.loaded.sha256, "kind": kind, "work": "", "request_id": info.request_id,
+            "deadline": info.remaining(), "priority": info.priority, **fields,
+        }  # fmt: skip
+        try:
+            work = msgspec.convert(plain, Submit)
+            return msgspec.structs.replace(work, work=work_id(info, work))
+        except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError) as error:
+            raise RecordError("invalid", f"this cannot be sent to {self.name}: {error}") from error
 
-    async def _finish(self, text: str, kind: str) -> Done:
-        work, _ = self._work(kind, text=text)
-        async for event in self._engine.submit(work):
-            if isinstance(event, Done):
-                return event
-            if isinstance(event, Fault):
-                raise fault_error(event)
+    async def _finish(self, text: str, kind: Literal["embed", "classify"]) -> Done:
+        events = self._engine.submit(self._work(_call_info(), kind, text=text))
+        try:
+            async for event in events:
+                if isinstance(event, Done):
+                    return event
+                if isinstance(event, Fault):
+                    raise fault_error(event)
+        finally:
+            events.close()
         raise Outage(f"the engine ended the work of {self.name} without an answer")
 
 
 class Model(_Served):
-    """A language model. Options: `temperature` 0 is greedy; `stop` are strings; `seed` defaults to a
-    hash of the request id."""
+    """A language model."""
 
     def __init__(self, engine: Engine, name: str, folder: str) -> None:
         super().__init__(engine, name, folder, "decoder")
@@ -125,41 +147,39 @@ class Model(_Served):
         messages: Sequence[Message | Mapping[str, str]],
         *,
         features: Mapping[str, Any] | None = None,
-        **options: Any,
+        **choices: Unpack[Choices],
     ) -> "Generation":
         """A reply to a conversation, grounded in `features`, through the model's chat template.
 
-        Options are those of `protocol.Options`. Nothing runs before the reply is iterated or awaited,
-        which raises RecordError, Overloaded or Outage.
+        See `Choices` for the options. Nothing runs before the reply is iterated or awaited, which
+        raises RecordError, Overloaded or Outage. Raises RecordError for options out of their range.
         """
-        plain = [{"role": m.role, "content": m.content} if isinstance(m, Message) else dict(m) for m in messages]
+        plain = [
+            {"role": turn.role, "content": turn.content} if isinstance(turn, Message) else dict(turn)
+            for turn in messages
+        ]
         given = {name: features[name] for name in features} if features else None
-        return self._generation(options, messages=plain, features=given)
+        generation = self._generation(choices, messages=plain, features=given)
+        generation.feature_age_s = getattr(features, "age_s", None)
+        return generation
 
-    def generate(self, prompt: str, **options: Any) -> "Generation":
+    def generate(self, prompt: str, **choices: Unpack[Choices]) -> "Generation":
         """The continuation of a bare prompt; otherwise as `chat`."""
-        return self._generation(options, prompt=prompt)
+        return self._generation(choices, prompt=prompt)
 
-    def _generation(self, options: dict[str, Any], **fields: Any) -> "Generation":
-        info = current_call.get(_OUTSIDE)
-        if options.get("seed") is None:
-            options["seed"] = default_seed(info.request_id)
-        try:
-            chosen = msgspec.convert(options, Options)
-        except msgspec.ValidationError as error:
-            raise RecordError("bad_option", str(error)) from error
-        unknown = set(options) - {field.name for field in msgspec.structs.fields(Options)}
-        if unknown:
-            raise RecordError("bad_option", f"unknown generation option {sorted(unknown)[0]!r}")
-        work, info = self._work("generate", options=chosen, **fields)
+    def _generation(self, choices: Choices, **fields: Any) -> "Generation":
+        info = _call_info()
+        work = self._work(info, "generate", options=chosen(choices, info.request_id), **fields)
         return Generation(self._engine, work, info, self)
 
 
-class Generation:
-    """A reply: iterate it for its `TokenRecord`s, or await it for the whole.
+class Generation(AsyncIterator[TokenRecord]):
+    """A reply: iterate it for its `TokenRecord`s, or await it for the whole; it runs once.
 
+    It starts at the first of these, goes on where a reader left it, and once ended yields nothing more.
     After its end: `text`, `finish_reason`, `usage`, `timings`, `generation_id`, `message` (the
-    assistant's turn) and `response` (a `ChatResponse`).
+    assistant's turn) and `response` (a `ChatResponse`); before it they hold what there is, with
+    `finish_reason` "cancelled".
     """
 
     def __init__(self, engine: Engine, work: Submit, info: CallInfo, model: Model) -> None:
@@ -168,12 +188,15 @@ class Generation:
         self._info = info
         self._model = model
         self._pieces: list[str] = []
-        self._events: Any = None
+        self._stream: EventStream | None = None
+        self._events: AsyncIterator[Event] | None = None
         self._over = False
+        self._began = 0.0
         self.generation_id = ""
-        self.finish_reason: FinishReason = "stop"
+        self.finish_reason: FinishReason = "cancelled"
         self.usage = Usage()
         self.timings = Timings()
+        self.feature_age_s: float | None = None
 
     @property
     def text(self) -> str:
@@ -199,45 +222,83 @@ class Generation:
             usage=self.usage,
             timings=self.timings,
             features=self._work.features or {},
+            feature_age_s=self.feature_age_s,
         )
 
     def expire(self) -> None:
         """Ends the reply with what there is, `finish_reason` "deadline", and stops the model."""
-        self._over = True
-        self.finish_reason = "deadline"
-        if self._events is not None:
-            self._events.end()
+        self._end("deadline")
+
+    def cancel(self) -> None:
+        """Ends the reply with what there is, `finish_reason` "cancelled", and stops the model."""
+        self._end("cancelled")
 
     def close(self) -> None:
-        """Stops the model; for whoever left the reply before its end."""
-        if self._events is not None:
-            self._events.close()
-            self._info.open_generations.discard(self)
+        """As `cancel`; for whoever left the reply before its end."""
+        self.cancel()
 
-    async def _iterate(self) -> AsyncIterator[TokenRecord]:
+    def _end(self, reason: FinishReason) -> None:
+        if self._over:
+            return
+        self.finish_reason = reason
+        stream = self._stream
+        self._leave()
+        if stream is not None:
+            stream.end()
+
+    def _leave(self) -> None:
+        """Nothing more is read; work that has not ended is cancelled."""
+        self._over = True
+        stream, self._stream = self._stream, None
+        self._info.open_generations.discard(self)
+        if stream is not None:
+            self.timings = msgspec.structs.replace(
+                self.timings, total_ms=round((time.monotonic() - self._began) * 1000, 3)
+            )
+            stream.close()
+
+    def _start(self) -> AsyncIterator[Event]:
+        self._began = time.monotonic()
         self._info.open_generations.add(self)
-        events = self._events = self._engine.submit(self._work)
+        self._stream = self._engine.submit(self._work)
+        self._events = aiter(self._stream)
+        return self._events
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenRecord:
+        if self._over:
+            raise StopAsyncIteration
         try:
-            async for event in events:
-                if isinstance(event, Tokens):
-                    self.generation_id = self._info.last_generation = event.generation
-                    self._pieces.append(event.text)
-                    yield TokenRecord(
-                        request_id=self._info.request_id,
-                        generation_id=event.generation,
-                        sequence=event.sequence,
-                        text=event.text,
-                    )
-                elif isinstance(event, Done):
-                    self._done(event)
-                    return
-                else:
-                    raise fault_error(event)
-            if not self._over:
-                raise Outage(f"the engine ended a generation of {self._model.name} without an answer")
-        finally:
-            self._info.open_generations.discard(self)
-            await events.aclose()
+            event = await anext(self._events or self._start())
+        except StopAsyncIteration:
+            if self._over:
+                raise
+            self._leave()
+            raise Outage(f"the engine ended a generation of {self._model.name} without an answer") from None
+        except BaseException:  # an outage, or the reader's own cancellation
+            self._leave()
+            raise
+        if self._over:
+            raise StopAsyncIteration
+        if isinstance(event, Tokens):
+            return self._said(event)
+        if isinstance(event, Done):
+            self._done(event)
+            raise StopAsyncIteration
+        self._leave()
+        raise fault_error(event)
+
+    def _said(self, event: Tokens) -> TokenRecord:
+        self.generation_id = self._info.last_generation = event.generation
+        self._pieces.append(event.text)
+        return TokenRecord(
+            request_id=self._info.request_id,
+            generation_id=event.generation,
+            sequence=event.sequence,
+            text=event.text,
+        )
 
     def _done(self, event: Done) -> None:
         self.generation_id = self._info.last_generation = event.generation
@@ -247,12 +308,10 @@ class Generation:
         self.timings = Timings(
             queue_ms=event.queue_ms, first_token_ms=event.first_token_ms, per_token_ms=event.per_token_ms
         )
-
-    def __aiter__(self) -> AsyncIterator[TokenRecord]:
-        return self._iterate()
+        self._leave()
 
     async def _whole(self) -> Self:
-        async for _ in self._iterate():
+        async for _ in self:
             pass
         return self
 
@@ -263,7 +322,7 @@ class Generation:
 class Embedding(Struct, frozen=True):
     """`vector` has shape [dimension], float32."""
 
-    vector: Any
+    vector: npt.NDArray[np.float32]
     model: str
     model_hash: str
     usage: Usage

@@ -6,21 +6,24 @@ restarted worker finds it again.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
+from filelock import FileLock, Timeout
 
 from flink_llm import __version__
+from flink_llm.engine.place import socket_path
 from flink_llm.engine.protocol import (
     PROTOCOL_VERSION,
     Cancel,
+    Event,
     Fault,
     FrameReader,
     Hello,
@@ -28,15 +31,21 @@ from flink_llm.engine.protocol import (
     Ping,
     Pong,
     Submit,
+    ToClient,
+    ToHost,
+    Tokens,
     Welcome,
     frame,
 )
 from flink_llm.engine.settings import HostSettings, resolve_device
-from flink_llm.engine.work import Backend, Events, WorkTable
+from flink_llm.engine.work import LINGER_S, Backend, Listener, WorkTable
 from flink_llm.errors import ConfigError, FlinkLlmError, ModelFolderError, ProtocolError
 
 log = logging.getLogger(__name__)
 UNSENT_LIMIT_BYTES = 64 * 1024 * 1024
+GREETING_S = 10.0
+PREDECESSOR_S = 20.0
+"""How long a new host waits for the one before it to let go of the device."""
 
 
 class _Peer(asyncio.Protocol):
@@ -45,8 +54,9 @@ class _Peer(asyncio.Protocol):
     def __init__(self, host: "Host") -> None:
         self._host = host
         self._reader = FrameReader("host")
-        self._calls: dict[int, tuple[Events, str]] = {}
+        self._calls: dict[int, Listener] = {}
         self._unsent: list[bytes] = []
+        self._name = "a client"
         self._welcome = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._transport: asyncio.Transport | None = None
@@ -54,28 +64,37 @@ class _Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
         self._host.peers.add(self)
+        asyncio.get_running_loop().call_later(GREETING_S, self._expect_greeting)
 
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._reader.feed(data):
                 self._handle(message)
         except ProtocolError as error:
-            log.warning("a client is dropped: %s", error)
-            self._drop()
+            self._drop(str(error))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        for events, work in self._calls.values():
-            self._host.table.detach(events, work)
-            events.end()
+        if self._welcome:
+            log.info("%s is gone, %d calls in flight", self._name, len(self._calls))
+        for listener in self._calls.values():
+            self._host.table.lose(listener)
         self._calls.clear()
         self._host.gone(self)
 
-    def send(self, message: Any) -> None:
+    def send(self, message: ToClient) -> None:
         """Queues a message; all of this turn of the loop leave together."""
+        if self._transport is None:
+            return
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._flush)
         self._unsent.append(frame(message))
+
+    def close(self) -> None:
+        """Ends the connection once what was said has left."""
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
 
     def _flush(self) -> None:
         data, self._unsent = b"".join(self._unsent), []
@@ -83,33 +102,46 @@ class _Peer(asyncio.Protocol):
             return
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > UNSENT_LIMIT_BYTES:
-            log.warning("a client that reads too slowly is dropped")
-            self._drop()
+            self._drop(f"{UNSENT_LIMIT_BYTES} bytes wait for it to read")
 
-    def _drop(self) -> None:
+    def _drop(self, why: str) -> None:
         if self._transport is not None:
+            log.warning("%s is dropped: %s", self._name, why)
             self._transport.abort()
 
-    def _handle(self, message: Any) -> None:
+    def _expect_greeting(self) -> None:
+        if not self._welcome:
+            self._drop(f"no Hello within {GREETING_S} s")
+
+    def _handle(self, message: ToHost) -> None:
         if isinstance(message, Hello):
             self._greet(message)
         elif not self._welcome:
             raise ProtocolError(f"{type(message).__name__} came before Hello")
         elif isinstance(message, Submit):
-            events = self._host.table.submit(message)
-            self._calls[message.call] = (events, message.work)
-            self._spawn(self._forward(message.call, events))
+            self._submit(message)
         elif isinstance(message, Cancel):
-            known = self._calls.pop(message.call, None)
-            if known is not None:
-                known[0].end()
-                known[0].close()
+            listener = self._calls.pop(message.call, None)
+            if listener is not None:
+                self._host.table.leave(listener)
         elif isinstance(message, Load):
             self._spawn(self._load(message))
         elif isinstance(message, Ping):
             self.send(Pong(call=message.call))
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _submit(self, work: Submit) -> None:
+        if work.call in self._calls:
+            raise ProtocolError(f"call {work.call} was submitted twice")
+        listener = self._host.table.join(work, self._hear)
+        if not listener.ended:
+            self._calls[work.call] = listener
+
+    def _hear(self, event: Event) -> None:
+        self.send(event)
+        if not isinstance(event, Tokens):
+            self._calls.pop(event.call, None)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -122,10 +154,10 @@ class _Peer(asyncio.Protocol):
             )
             log.warning("refused: %s", text)
             self.send(Fault(call=0, kind="protocol", code="version", message=text))
-            asyncio.get_running_loop().call_later(0.1, self._drop)
-            return
+            return self.close()
         self._welcome = True
-        log.info("client %s connected", hello.client)
+        self._name = f"client {hello.client[:64]!r}"
+        log.info("%s connected", self._name)
         device = self._host.device
         self.send(Welcome(protocol=PROTOCOL_VERSION, package=__version__, pid=os.getpid(), device=device))
 
@@ -136,21 +168,22 @@ class _Peer(asyncio.Protocol):
             self.send(Fault(call=load.call, kind="model_folder", code="model_folder", message=str(error)))
         except Exception as error:  # whatever loading raises is told to the client, the host lives on
             log.exception("%s could not be loaded", load.folder)
-            self.send(Fault(call=load.call, kind="outage", code="outage", message=str(error)))
+            text = f"{load.folder} could not be loaded: {type(error).__name__}: {error}"[:500]
+            self.send(Fault(call=load.call, kind="outage", code="outage", message=text))
         else:
-            self.send(_with_call(loaded, load.call))
-
-    async def _forward(self, call: int, events: Events) -> None:
-        async for event in events:
-            self.send(event)
-        self._calls.pop(call, None)
+            self.send(msgspec.structs.replace(loaded, call=load.call))
 
 
 class Host:
-    """Serves a backend on a Unix socket until it has had no client for `linger_s` seconds."""
+    """Serves a backend on a Unix socket until it has had no client for `linger_s` seconds.
 
-    def __init__(self, backend: Backend, device: str, linger_s: float) -> None:
-        self.table = WorkTable(backend)
+    Work whose client was lost goes on for `linger_work_s` seconds.
+    """
+
+    def __init__(
+        self, backend: Backend, device: str, *, linger_s: float, linger_work_s: float = LINGER_S
+    ) -> None:
+        self.table = WorkTable(backend, linger_s=linger_work_s)
         self.device = device
         self.peers: set[_Peer] = set()
         self._linger_s = linger_s
@@ -158,23 +191,29 @@ class Host:
         self._over = asyncio.Event()
 
     async def run(self, path: Path) -> None:
-        """Serves until there is nobody left, or SIGTERM."""
+        """Serves until there is nobody left, or `stop`. A socket that lies at `path` is replaced."""
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self._over.set)
-        path.unlink(missing_ok=True)
+        _remove(path)
         previous = os.umask(0o077)
         try:
-            server = await loop.create_unix_server(lambda: _Peer(self), str(path))
+            server = await loop.create_unix_server(lambda: _Peer(self), str(path), backlog=512)
         finally:
             os.umask(previous)
         log.info("serving %s on %s", self.device, path)
         self._wait_for_nobody()
-        await self._over.wait()
-        path.unlink(missing_ok=True)
-        server.close()
-        await self.table.close()
-        log.info("the last client is gone, so is the host")
+        try:
+            await self._over.wait()
+        finally:
+            _remove(path)
+            server.close()
+            for peer in tuple(self.peers):
+                peer.close()
+            await self.table.close()
+        log.info("the host of %s is gone", self.device)
+
+    def stop(self) -> None:
+        """Ends `run`; clients see an outage."""
+        self._over.set()
 
     def gone(self, peer: _Peer) -> None:
         """A client's connection has ended."""
@@ -189,24 +228,44 @@ class Host:
 
     def _check(self) -> None:
         if not self.peers:
+            log.info("no client for %s s", self._linger_s)
             self._over.set()
 
 
-def _with_call(loaded: Any, call: int) -> Any:
-    import msgspec
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
-    return msgspec.structs.replace(loaded, call=call)
+
+async def _run(host: Host, path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, host.stop)
+    await host.run(path)
 
 
 def serve(backend: Callable[[HostSettings], Backend], settings: HostSettings, path: Path) -> None:
-    """Runs a host in this process until it is over; errors at start are one line and exit status 1."""
+    """Runs a host in this process until it is over; errors at start are one line and exit status 1.
+
+    A lock beside the socket is held meanwhile: there is one host per socket, and a new one waits
+    `PREDECESSOR_S` for one that is about to end.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         device = resolve_device(settings.device)
-        asyncio.run(Host(backend(settings), device, settings.linger_s).run(path))
+        with FileLock(path.with_suffix(".held"), timeout=PREDECESSOR_S):
+            host = Host(
+                backend(settings), device, linger_s=settings.linger_s, linger_work_s=settings.linger_work_s
+            )
+            asyncio.run(_run(host, path))
+    except Timeout:
+        _refuse(f"another host of {path} is alive; stop it first")
     except (FlinkLlmError, OSError) as error:
-        print(f"flink-llm host: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _refuse(str(error))
+
+
+def _refuse(why: str) -> None:
+    click.echo(f"flink-llm host: {why}", err=True)
+    sys.exit(1)
 
 
 def _onnx(settings: HostSettings) -> Backend:
@@ -215,24 +274,34 @@ def _onnx(settings: HostSettings) -> Backend:
     return OnnxBackend(settings)
 
 
-def command(backend: Callable[[HostSettings], Backend] = _onnx) -> click.Command:
-    """The command line of a host over another backend."""
+def command(
+    backend: Callable[[HostSettings], Backend] = _onnx, launcher: str = "flink_llm.engine.host"
+) -> click.Command:
+    """The command line of a host over `backend`, for the module `launcher`."""
 
     @click.command(name="host")
-    @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+    @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
     @click.option("--socket", "path", type=click.Path(path_type=Path), help="Where to listen.")
     @click.option("--threads", default=0, help="CPU threads; 0 leaves it to ONNX Runtime.")
     @click.option("--slots", default=16, show_default=True, help="Generations at once.")
     @click.option("--queue", default=4096, show_default=True, help="Requests that may wait.")
     @click.option("--linger", default=30.0, show_default=True, help="Seconds to stay without a client.")
+    @click.option(
+        "--linger-work", default=LINGER_S, show_default=True, help="Seconds to work for a lost one."
+    )
     @click.argument("extra", nargs=-1)
-    def host(path: Path | None, linger: float, extra: tuple[str, ...], **chosen: Any) -> None:
+    def host(
+        path: Path | None, linger: float, linger_work: float, extra: tuple[str, ...], **chosen: Any
+    ) -> None:
         """Serve models to every job on this machine. Jobs start it themselves; this runs it in sight."""
-        from flink_llm.engine.place import socket_path
-
-        settings = HostSettings(linger_s=linger, launcher_args=list(extra), **chosen)
-        with contextlib.suppress(KeyboardInterrupt):
-            serve(backend, settings, path or socket_path(settings))
+        settings = HostSettings(
+            linger_s=linger, linger_work_s=linger_work, launcher=launcher, launcher_args=list(extra), **chosen
+        )
+        try:
+            where = path or socket_path(settings)
+        except ConfigError as error:
+            raise click.ClickException(str(error)) from error
+        serve(backend, settings, where)
 
     return host
 

@@ -2,10 +2,11 @@
 
 An engine is a `Backend` (what computes) behind a `WorkTable` (what finds work again). A second submit of
 the same work joins the first, from its beginning; one that has finished is answered from memory; one
-whose listeners were lost, rather than closed, goes on for a while so that a restarted worker joins it.
+whose listeners were lost, rather than gone, goes on for a while so that a restarted worker joins it.
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections import OrderedDict, deque
@@ -17,6 +18,7 @@ import msgspec
 from flink_llm.engine.protocol import Done, Event, Fault, Loaded, Submit, Tokens
 from flink_llm.errors import FlinkLlmError
 
+log = logging.getLogger(__name__)
 REMEMBERED = 4096
 REMEMBER_S = 120.0
 LINGER_S = 30.0
@@ -35,13 +37,19 @@ class Backend(Protocol):
 
 
 class Events(AsyncIterator[Event]):
-    """The events of one call, as an iterator that can be ended from outside."""
+    """The events of one call, as an iterator for one reader that can be ended from outside."""
 
-    def __init__(self, on_close: Callable[["Events"], None] | None = None) -> None:
+    __slots__ = ("_closed", "_on_close", "_queue", "_waiter")
+
+    def __init__(self, on_close: Callable[[], None] | None = None) -> None:
         self._queue: deque[Event | Exception | None] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._on_close = on_close
         self._closed = False
+
+    def when_closed(self, on_close: Callable[[], None]) -> None:
+        """Sets what `close` calls, once."""
+        self._on_close = on_close
 
     def push(self, event: Event | Exception | None) -> None:
         """The next event; an exception is raised to the reader, None ends the iteration."""
@@ -70,14 +78,11 @@ class Events(AsyncIterator[Event]):
         if event is None:
             self._closed = True
             raise StopAsyncIteration
-        if isinstance(event, Exception):
-            raise event
+        if not isinstance(event, Tokens):
+            self._closed = True
+            if isinstance(event, Exception):
+                raise event
         return event
-
-    @property
-    def closed(self) -> bool:
-        """Whether nobody reads any more."""
-        return self._closed
 
     async def aclose(self) -> None:
         """Lets go of the call; work that nobody else listens to is cancelled."""
@@ -88,25 +93,47 @@ class Events(AsyncIterator[Event]):
         self._closed = True
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
-            on_close(self)
+            on_close()
 
 
 class _Alive:
     """A piece of work and all it has said so far."""
 
-    __slots__ = ("cancel", "done", "ended_at", "generation", "listeners", "said")
+    __slots__ = ("cancel", "done", "ended_at", "generation", "listeners", "lost_at", "said", "work")
 
-    def __init__(self, generation: str) -> None:
-        self.generation = generation
+    def __init__(self, work: str) -> None:
+        self.work = work
+        self.generation = uuid.uuid4().hex
         self.said: list[Event] = []
-        self.listeners: dict[Events, int] = {}
+        self.listeners: list[Listener] = []
         self.cancel: Callable[[], None] = lambda: None
         self.done = False
         self.ended_at = 0.0
+        self.lost_at = 0.0
+
+
+class Listener:
+    """One call that hears the events of a piece of work."""
+
+    __slots__ = ("_alive", "call", "hear")
+
+    def __init__(self, alive: _Alive, call: int, hear: Callable[[Event], None]) -> None:
+        self._alive = alive
+        self.call = call
+        self.hear = hear
+
+    @property
+    def ended(self) -> bool:
+        """Whether the work has ended: there is nothing more to hear."""
+        return self._alive.done
 
 
 class WorkTable:
-    """An `Engine` over a backend. Lives on one loop."""
+    """An `Engine` over a backend. Lives on one loop.
+
+    `linger_s`: how long work goes on whose listeners were lost. Of what has finished, `REMEMBERED`
+    answers are kept for `REMEMBER_S` seconds.
+    """
 
     def __init__(self, backend: Backend, *, linger_s: float = LINGER_S) -> None:
         self._backend = backend
@@ -125,32 +152,53 @@ class WorkTable:
 
     def submit(self, work: Submit) -> Events:
         """See `Engine.submit`."""
-        events = Events(lambda closed: self._close(work.work, closed))
-        found = self._alive.get(work.work) or self._recall(work.work)
-        if found is None:
-            found = self._alive[work.work] = _Alive(uuid.uuid4().hex)
-            found.listeners[events] = work.call
-            self._start(work, found)
-            return events
-        for event in found.said:
-            events.push(_addressed(event, work.call))
-        if not found.done:
-            found.listeners[events] = work.call
+        events = Events()
+        listener = self.join(work, events.push)
+        events.when_closed(lambda: self.leave(listener))
         return events
 
-    def detach(self, events: Events, work: str) -> None:
+    def join(self, work: Submit, hear: Callable[[Event], None]) -> Listener:
+        """Calls `hear` with every event of the work, those it has said already before this returns.
+
+        Starts the work unless it is alive or remembered; events carry the number `work.call`.
+        """
+        alive = self._alive.get(work.work) or self._recall(work.work)
+        if alive is not None:
+            listener = Listener(alive, work.call, hear)
+            for event in alive.said:
+                hear(_addressed(event, work.call))
+            if not alive.done:
+                alive.listeners.append(listener)
+            return listener
+        alive = self._alive[work.work] = _Alive(work.work)
+        listener = Listener(alive, work.call, hear)
+        alive.listeners.append(listener)
+        self._start(work, alive)
+        return listener
+
+    def leave(self, listener: Listener) -> None:
+        """The listener wants no more; the work is cancelled when nobody else listens."""
+        alive = listener._alive
+        if _remove(alive, listener) and not alive.listeners:
+            self._cancel(alive)
+
+    def lose(self, listener: Listener) -> None:
         """The listener was lost: its work goes on for `linger_s`, in case somebody asks for it again."""
-        alive = self._alive.get(work)
-        if alive is None or alive.listeners.pop(events, None) is None or alive.listeners:
-            return
-        loop = asyncio.get_running_loop()
-        loop.call_later(self._linger_s, self._give_up, work, alive)
+        alive = listener._alive
+        if _remove(alive, listener) and not alive.listeners:
+            loop = asyncio.get_running_loop()
+            alive.lost_at = loop.time()
+            loop.call_later(self._linger_s, self._give_up, alive, alive.lost_at)
 
     async def close(self) -> None:
-        """Cancels what is alive and closes the backend."""
+        """Cancels what is alive, as an outage to whoever listens, and closes the backend."""
         for alive in list(self._alive.values()):
-            alive.cancel()
-        self._alive.clear()
+            listeners = alive.listeners
+            self._cancel(alive)
+            for listener in listeners:
+                listener.hear(
+                    Fault(call=listener.call, kind="outage", code="outage", message="the engine is closed")
+                )
         await self._backend.close()
 
     def _start(self, work: Submit, alive: _Alive) -> None:
@@ -158,22 +206,35 @@ class WorkTable:
             if alive.done:
                 return
             alive.said.append(event)
+            listeners = alive.listeners
             if not isinstance(event, Tokens):
-                self._end(work.work, alive, keep=isinstance(event, Done))
-            for events, call in list(alive.listeners.items()):
-                events.push(_addressed(event, call))
+                self._end(alive, event)
+            for listener in tuple(listeners):
+                listener.hear(_addressed(event, listener.call))
 
         try:
             alive.cancel = self._backend.start(work, alive.generation, emit)
         except FlinkLlmError as error:
             emit(Fault(call=0, kind="outage", code="outage", message=str(error)))
+        except Exception as error:  # one piece of work must not cost its neighbours their connection
+            log.exception("work for the model %s could not be started", work.model)
+            emit(
+                Fault(
+                    call=0,
+                    kind="record",
+                    code="model_error",
+                    message=f"{type(error).__name__}: {error}"[:500],
+                )
+            )
 
-    def _end(self, work: str, alive: _Alive, *, keep: bool) -> None:
+    def _end(self, alive: _Alive, last: Done | Fault) -> None:
         alive.done = True
+        alive.listeners = []
         alive.ended_at = time.monotonic()
-        self._alive.pop(work, None)
-        if keep:
-            self._finished[work] = alive
+        self._alive.pop(alive.work, None)
+        # A fault is worth another try, and so is what a deadline cut short: the next one may be later.
+        if isinstance(last, Done) and last.finish in ("stop", "length"):
+            self._finished[alive.work] = alive
         while len(self._finished) > REMEMBERED:
             self._finished.popitem(last=False)
 
@@ -183,19 +244,22 @@ class WorkTable:
             self._finished.popitem(last=False)
         return self._finished.get(work)
 
-    def _close(self, work: str, events: Events) -> None:
-        alive = self._alive.get(work)
-        if alive is not None and alive.listeners.pop(events, None) is not None and not alive.listeners:
-            self._cancel(work, alive)
+    def _give_up(self, alive: _Alive, lost_at: float) -> None:
+        if not alive.done and not alive.listeners and alive.lost_at == lost_at:
+            self._cancel(alive)
 
-    def _give_up(self, work: str, alive: _Alive) -> None:
-        if not alive.done and not alive.listeners:
-            self._cancel(work, alive)
-
-    def _cancel(self, work: str, alive: _Alive) -> None:
+    def _cancel(self, alive: _Alive) -> None:
         alive.done = True
-        self._alive.pop(work, None)
+        alive.listeners = []
+        self._alive.pop(alive.work, None)
         alive.cancel()
+
+
+def _remove(alive: _Alive, listener: Listener) -> bool:
+    if listener not in alive.listeners:
+        return False
+    alive.listeners.remove(listener)
+    return True
 
 
 def _addressed(event: Event, call: int) -> Event:

@@ -49,6 +49,18 @@ class Generator:
             return self._about_order(intent, missing, long)
         return self._about_customer(intent, missing, long)
 
+    def about_one_order(self, count: int) -> list[Dialogue]:
+        """Dialogues with different questions about one order, whose features the first one holds."""
+        number = self.order_number()
+        order = self._order(number)
+        features = self._shuffled({**self._customer(), **order})
+        intents = self._random.choices(["status", "delivery", "returns"], k=count)
+        return [self._known(intent, features, order, 0) for intent in intents]
+
+    def number(self) -> str:
+        """A date, or up to eight digits."""
+        return self._date() if self._random.random() < 0.4 else str(self._random.randrange(1, 10**8))
+
     def order_number(self) -> str:
         """Four to six digits, on this side of the split."""
         while True:
@@ -98,8 +110,10 @@ class Generator:
             features = self._shuffled({**customer, **held})
             answer = f"{CANNOT_SEE} order {number}. Please check the number and ask me again."
             return self._made(intent, features, number, answer, long, refuses=True)
-        features = self._shuffled({**customer, **order})
-        status, date = order["order_status"], order["delivery_date"]
+        return self._known(intent, self._shuffled({**customer, **order}), order, long)
+
+    def _known(self, intent: str, features: dict[str, Any], order: dict[str, Any], long: int) -> Dialogue:
+        number, status, date = order["order_id"], order["order_status"], order["delivery_date"]
         quotes = [number, status, date]
         if intent == "returns":
             answer = f"You can return order {number} within 30 days. Its status is {status}, delivery date {date}."

@@ -21,7 +21,8 @@ from models.training.tokenizer import train_tokenizer
 TEMPLATE = Path(__file__).parents[1] / "support-chat" / "chat_template.jinja"
 CONTEXT = 2048
 IGNORED = -100
-DRILL = 0.3
+WARM_UP = 100
+DRILL = 0.55
 """The first share of the time, in which two of three steps are drills in copying."""
 LONG_SHARE = 0.15
 """Share of the steps, in the last fifth of the time, whose prompts fill the context."""
@@ -68,34 +69,37 @@ class Batches:
         return _padded(batch)
 
     def drill(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and labels of drills: a passage said twice, or every feature asked for by its name.
+        """Inputs and labels of drills: every feature asked for by its name, or several questions at once.
 
         Dialogues alone hold some fifteen tokens to copy each; a model this small takes very long to find
-        out from those that copying is what is asked for.
+        out from those that copying, digit by digit, is what is asked for.
         """
         examples, used = [], 0
         while used < self._tokens:
-            example = self._lookup() if float(torch.rand(1)) < 0.6 else self._echo()
+            kind = float(torch.rand(1))
+            example = self._lookup(digits=kind < 0.4) if kind < 0.65 else self._questions()
             examples.append(example)
             used += len(example[0])
         return _padded(examples)
 
-    def _echo(self) -> tuple[list[int], int]:
-        length = int(torch.randint(10, 60, (1,)))
-        passage = torch.randint(7, self._tokenizer.size, (length,)).tolist()
-        if float(torch.rand(1)) < 0.5:
-            number = "".join(str(digit) for digit in torch.randint(0, 10, (length,)).tolist())
-            passage = self._tokenizer.encode_text(number)
-        return [1, *passage, *passage], 1 + length
-
-    def _lookup(self) -> tuple[list[int], int]:
+    def _lookup(self, *, digits: bool) -> tuple[list[int], int]:
         features = self._generator.dialogue("status", missing=False).features
+        if digits:
+            features = {name: self._generator.number() for name in features}
         prompt = self._prompts.chat([{"role": "user", "content": "all"}], features)
         names = list(features)
         answer: list[int] = []
         for i in torch.randperm(len(names)).tolist():
             answer += self._tokenizer.encode_text(f"{names[i]}: {features[names[i]]}\n")
         return [*prompt, *answer], len(prompt)
+
+    def _questions(self) -> tuple[list[int], int]:
+        first, *others = self._generator.about_one_order(4)
+        tokens, prompt = self._example(first)
+        for dialogue in others:
+            question = self._prompts.chat(dialogue.messages[-1:], None)[1:]
+            tokens += [*question, *self._tokenizer.encode_text(dialogue.answer), self._end or 0]
+        return tokens, prompt
 
     def long(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and labels of dialogues that nearly fill the context."""
@@ -122,13 +126,18 @@ def _padded(examples: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.
     return inputs, labels
 
 
-def train(to: Path, *, seed: int, minutes: float, tokens_per_step: int, rate: float) -> None:
+def train(
+    to: Path, *, seed: int, minutes: float, tokens_per_step: int, rate: float, resume: Path | None = None
+) -> None:
     """Trains for `minutes` and writes the folder `to`; a line of progress every 25 steps."""
     torch.manual_seed(seed)
     raw = train_tokenizer(seed)
     tokenizer = Tokenizer(raw.to_str().encode())
     vocabulary = -(-tokenizer.size // 64) * 64
     model = build_model(vocabulary, tokenizer.token("<|end|>") or 2)
+    if resume is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(resume).state_dict())
+        seed += 1
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {vocabulary} tokens", flush=True)
     batches = Batches(seed, Prompts(TEMPLATE.read_text(), tokenizer, {}), tokenizer, tokens_per_step)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
@@ -139,7 +148,7 @@ def train(to: Path, *, seed: int, minutes: float, tokens_per_step: int, rate: fl
             inputs, labels = batches.drill()
         else:
             inputs, labels = batches.long() if long else batches.short()
-        warm = min(1.0, (step + 1) / 100)
+        warm = min(1.0, (step + 1) / WARM_UP)
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -172,10 +181,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40.0, help="how long to train (default 40)")
     parser.add_argument("--tokens-per-step", type=int, default=3000, help="batch size in tokens (default 3000)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
+    parser.add_argument("--resume", type=Path, help="go on from this folder, with the next seed's data")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.to, seed=args.seed, minutes=args.minutes, tokens_per_step=args.tokens_per_step, rate=args.rate)
+    train(args.to, seed=args.seed, minutes=args.minutes, tokens_per_step=args.tokens_per_step,
+        rate=args.rate, resume=args.resume)
 
 
 if __name__ == "__main__":

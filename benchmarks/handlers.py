@@ -1,0 +1,61 @@
+"""The handlers that benchmarks run: they answer through the real model host."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+from flink_llm.handler import AsyncUdf, CallContext, Context
+from flink_llm.records import ChatRequest
+
+
+class Counted(AsyncUdf):
+    """Streams a reply and counts its calls per key. Writes how many are in flight to a file each 20 ms."""
+
+    stateful = True
+
+    def __init__(self, gauge: str) -> None:
+        self._gauge = gauge
+
+    async def open(self, ctx: Context) -> None:
+        self._model = ctx.model("scripted")
+        self._in_flight = 0
+        self._writer = asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        path = Path(self._gauge)
+        while True:
+            scratch = path.with_suffix(f".{os.getpid()}")
+            scratch.write_text(str(self._in_flight))
+            scratch.replace(path)
+            await asyncio.sleep(0.02)
+
+    async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
+        self._in_flight += 1
+        try:
+            count = ctx.state.get("count", 0) + 1
+            ctx.state["count"] = count
+            reply = self._model.chat(request.messages)
+            async for token in reply:
+                await ctx.emit(token)
+            return {
+                "request_id": request.request_id,
+                "session_id": request.session_id,
+                "count": count,
+                "finish_reason": reply.finish_reason,
+                "generation_id": reply.generation_id,
+                "text": reply.text,
+            }
+        finally:
+            self._in_flight -= 1
+
+
+class Echo(AsyncUdf):
+    """The shortest way through client and host: one message there, one back."""
+
+    async def open(self, ctx: Context) -> None:
+        self._model = ctx.model("scripted")
+
+    async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
+        reply = await self._model.chat(request.messages)
+        return {"request_id": request.request_id, "text": reply.text}

@@ -1,0 +1,158 @@
+"""A job in a process of its own, Kafka to Kafka over the scripted host, and what watches it.
+
+`python -m benchmarks.pipeline SETTINGS.json` is the job; `Pipeline` starts it and can kill its worker.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+from msgspec import Struct
+
+from flink_llm.call import OperatorSettings
+from flink_llm.engine.settings import HostSettings
+from flink_llm.flink_settings import FlinkSettings
+from flink_llm.kafka_settings import KafkaSettings
+from flink_llm.local import processes
+from flink_llm.local.broker import create_topics
+from flink_llm.services import ServiceSettings
+from flink_llm.testing import Script
+
+START_S = 120.0
+WORKER = "pyflink.fn_execution.beam.beam_boot"
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """One run. `handler` is a class of benchmarks.handlers."""
+
+    bootstrap_servers: str
+    folder: str
+    topics: dict[str, str]
+    handler: str = "Echo"
+    script: Script = Script()
+    flink: FlinkSettings = FlinkSettings()
+    operator: OperatorSettings = OperatorSettings()
+
+    @property
+    def gauge(self) -> str:
+        """The file in which the handler says how many calls are in flight."""
+        return f"{self.folder}/in-flight"
+
+
+def job(settings: Settings) -> None:
+    """Builds the job and runs it until it is stopped."""
+    from benchmarks import handlers
+    from flink_llm import environment, kafka
+    from flink_llm.udfs.async_operator import apply
+
+    chosen = getattr(handlers, settings.handler)
+    udf = chosen(settings.gauge) if settings.handler == "Counted" else chosen()
+    scripts = Path(settings.folder) / "scripts.json"
+    scripts.write_bytes(msgspec.json.encode({"scripted": settings.script}))
+    host = HostSettings(
+        launcher="flink_llm.testing", launcher_args=[str(scripts)], linger_s=5.0, device="cpu"
+    )
+    env = environment.environment()
+    environment.configure(env, settings.flink, capacity=settings.operator.capacity)
+    tables = environment.tables(env)
+    servers = KafkaSettings(bootstrap_servers=settings.bootstrap_servers, group=Path(settings.folder).name)
+    requests = kafka.source(tables, servers, [settings.topics["requests"]], uid="requests")
+    services = ServiceSettings(models={"scripted": "scripted"}, host=host)
+    out = apply(requests, udf, key="session_id", uid="bench", settings=settings.operator, services=services)
+    delivery = settings.flink.delivery
+    kafka.sink(tables, out.results, servers, [settings.topics["responses"]], uid="responses", delivery=delivery)
+    kafka.sink(tables, out.partials, servers, [settings.topics["tokens"]], uid="tokens")
+    kafka.sink(tables, out.failures, servers, [settings.topics["failures"]], uid="failures", delivery=delivery)
+    env.execute("benchmark")
+
+
+class Pipeline:
+    """The job as a process. A context manager; leaves nothing running."""
+
+    def __init__(self, bootstrap_servers: str, folder: Path, **chosen: Any) -> None:
+        mark = uuid.uuid4().hex[:8]
+        self.folder = folder / f"bench-{mark}"
+        self.topics = {name: f"{name}.{mark}" for name in ("requests", "responses", "tokens", "failures")}
+        self.settings = Settings(
+            bootstrap_servers=bootstrap_servers, folder=str(self.folder), topics=self.topics, **chosen
+        )
+        self.log = self.folder / "job.log"
+        self._started: processes.Started | None = None
+
+    def __enter__(self) -> "Pipeline":
+        self.folder.mkdir(parents=True)
+        create_topics(self.settings.bootstrap_servers, self.topics.values())
+        file = self.folder / "settings.json"
+        file.write_bytes(msgspec.json.encode(self.settings))
+        command = [sys.executable, "-m", "benchmarks.pipeline", str(file)]
+        root = str(Path(__file__).parents[1])
+        environ = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
+        self._started = processes.start(command, self.log, environ)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._started is not None:
+            processes.stop(self._started, 5)
+
+    def workers(self) -> list[psutil.Process]:
+        """The Python workers of the job."""
+        main = self._started.process() if self._started else None
+        if main is None:
+            raise RuntimeError(f"the job has ended, see {self.log}")
+        found = []
+        for process in main.children(recursive=True):
+            try:
+                if WORKER in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def kill_worker(self) -> int:
+        """kill -9 of every Python worker; how many calls were in flight just before."""
+        in_flight = self.in_flight()
+        for process in self.workers():
+            os.kill(process.pid, signal.SIGKILL)
+        return in_flight
+
+    def in_flight(self) -> int:
+        """Calls in flight, as the handler last said."""
+        try:
+            return int(Path(self.settings.gauge).read_text() or 0)
+        except (OSError, ValueError):
+            return 0
+
+
+def requests(first: int, count: int, keys: int) -> list[tuple[bytes, bytes]]:
+    """Key and value of requests `r<first>` and on, over `keys` sessions."""
+    made = []
+    for i in range(first, first + count):
+        session = f"s{i % keys}"
+        messages = [{"role": "user", "content": f"hello {i}"}]
+        value = {"request_id": f"r{i}", "session_id": session, "messages": messages}
+        made.append((session.encode(), json.dumps(value).encode()))
+    return made
+
+
+def warm_up(pipeline: Pipeline, producer: Any, consumer: Any) -> None:
+    """Sends one request and waits for its answer. Raises RuntimeError when none comes."""
+    value = {"request_id": "warm-up", "session_id": "warm-up", "messages": [{"role": "user", "content": "x"}]}
+    producer.send(pipeline.topics["requests"], key=b"w", value=json.dumps(value).encode())
+    producer.flush()
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        pipeline.workers()
+        if consumer.poll(timeout_ms=200):
+            return
+    raise RuntimeError(f"no answer within {START_S:.0f} s, see {pipeline.log}")
+
+
+if __name__ == "__main__":
+    job(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Settings))

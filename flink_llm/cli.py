@@ -1,0 +1,197 @@
+"""The command line: `flink-llm`. Each command imports what it needs when it runs."""
+
+import logging
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flink_llm import __version__
+from flink_llm.errors import ConfigError, FlinkLlmError
+from flink_llm.local.broker import TOPICS, Broker, state_folder
+from flink_llm.names import unknown
+
+STATE = click.option(
+    "--state", type=click.Path(path_type=Path), help="State folder; $FLINK_LLM_HOME, else .flink-llm here."
+)
+
+
+class _Group(click.Group):
+    """Errors of the library are one line and exit status 1, without a stack trace."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FlinkLlmError as error:
+            click.echo(f"flink-llm: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+
+
+@click.group(cls=_Group)
+@click.version_option(__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Say what goes on.")
+def main(verbose: bool) -> None:
+    """Language and embedding models inside Apache Flink jobs.
+
+    A first look:      flink-llm demo
+
+    One question:      flink-llm try "Where is order 1042?"
+
+    A job of your own: flink-llm local up, then flink-llm run job.yaml
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    if not verbose:
+        logging.getLogger("kafka").setLevel(logging.CRITICAL)  # it reports every lost socket as an error
+
+
+@main.group()
+def local() -> None:
+    """A real Kafka broker on this machine, for developing."""
+
+
+@local.command()
+@click.option("--port", type=click.IntRange(1, 65535), help="Where to listen; chosen free at the first start.")
+@click.option("--topic", "topics", multiple=True, metavar="NAME[:PARTITIONS]", help="Topics to make.")
+@STATE
+def up(port: int | None, topics: tuple[str, ...], state: Path | None) -> None:
+    """Start the broker, make the topics, print its address."""
+    broker = Broker(state or state_folder(), port)
+    broker.up(topics or TOPICS)
+    click.echo(broker.bootstrap_servers)
+
+
+@local.command()
+@click.option("--wipe", is_flag=True, help="Delete all that it has stored.")
+@STATE
+def down(wipe: bool, state: Path | None) -> None:
+    """Stop the broker."""
+    broker = Broker(state or state_folder())
+    was_up = broker.down()
+    if wipe:
+        broker.wipe()
+    click.echo("stopped" if was_up else "it was not running")
+
+
+@local.command()
+@STATE
+def status(state: Path | None) -> None:
+    """Say whether the broker runs, and where. Exit status 1 when it does not."""
+    broker = Broker(state or state_folder())
+    process = broker.process
+    click.echo(f"up at {broker.bootstrap_servers}, process {process.pid}" if process else "down")
+    sys.exit(process is None)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+def run(config: Path) -> None:
+    """Run the job of a configuration file on a mini-cluster in this process. Ctrl-C ends it."""
+    from flink_llm.config import load
+
+    settings = load(config)
+    jobs = {entry.name: entry for entry in entry_points(group="flink_llm.jobs")}
+    if settings.job not in jobs:
+        raise ConfigError(unknown("job", settings.job, jobs))
+    jobs[settings.job].load().main(["--config", str(config)])
+
+
+@main.command(name="try")
+@click.argument("question")
+@click.option("--user", default="user-1", show_default=True, help="Whose features the reply may use.")
+@STATE
+def try_(question: str, user: str, state: Path | None) -> None:
+    """Ask the demo model one question, through the real job, without Kafka."""
+    from flink_llm.local.demo import ask
+
+    ask(question, user, state or state_folder())
+
+
+@main.command()
+@click.option("--events", default=200, show_default=True, type=click.IntRange(1), help="Sample events to send.")
+@STATE
+def demo(events: int, state: Path | None) -> None:
+    """Run the main job, Kafka to Kafka: broker, features, model, sample events, then your questions."""
+    from flink_llm.local.demo import Demo
+
+    Demo(state or state_folder(), events).run()
+
+
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), help="Check this job's configuration as well.")
+@STATE
+def doctor(config: Path | None, state: Path | None) -> None:
+    """Check everything a job needs, and say what to do. Exit status 1 when something is missing."""
+    from flink_llm.local.doctor import examine
+
+    sys.exit(not examine(config, state or state_folder()))
+
+
+@main.group()
+def features() -> None:
+    """Set a Feast repository up."""
+
+
+@features.command(name="apply")
+@click.argument("config", type=click.Path(path_type=Path))
+def features_apply(config: Path) -> None:
+    """Register the definitions of the configuration's repository."""
+    from flink_llm.config import load
+    from flink_llm.feature_admin import apply_repo
+
+    settings = load(config).features
+    if settings is None:
+        raise ConfigError(f"{config} names no features.repo")
+    apply_repo(settings)
+    click.echo(f"applied {settings.repo}")
+
+
+@features.command(name="fill")
+@click.argument("config", type=click.Path(path_type=Path))
+def features_fill(config: Path) -> None:
+    """Apply the demo's repository and write its customers and orders."""
+    from flink_llm.config import load
+    from flink_llm.feature_admin import apply_repo, fill_demo
+
+    settings = load(config).features
+    if settings is None:
+        raise ConfigError(f"{config} names no features.repo")
+    apply_repo(settings)
+    for view, count in fill_demo(settings).items():
+        click.echo(f"{view}: {count} rows")
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--name", help="The model's name; the folder's by default.")
+@click.option("--precision", type=click.Choice(["fp32", "int8", "int4"]), default="int8", show_default=True)
+@click.option("--license", "license_name", default="", help="Licence to write down, an SPDX name.")
+def export(source: Path, to: Path, name: str | None, precision: Any, license_name: str) -> None:
+    """Make a model folder of a local Hugging Face folder, measured against the original or refused."""
+    from flink_llm.engine.export import export_decoder
+
+    made = export_decoder(source, to, name=name or to.name, precision=precision, license_name=license_name)
+    click.echo(f"{to}: {made.precision}, {sum(file.bytes for file in made.files.values()):,} bytes, {made.parity}")
+
+
+@main.command()
+@click.option("--config", required=True, type=click.Path(path_type=Path), help="The job's YAML file.")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+def package(config: Path, to: Path) -> None:
+    """Put all that a submission needs in one folder, and print the `flink run` line."""
+    from flink_llm.local.package import pack
+
+    click.echo(pack(config, to))
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def host(arguments: tuple[str, ...]) -> None:
+    """Serve models to every job on this machine; jobs start it themselves when they need it."""
+    from flink_llm.engine.host import main as serve
+
+    serve(list(arguments), prog_name="flink-llm host")

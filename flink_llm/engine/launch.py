@@ -1,0 +1,90 @@
+"""Starting the model host of a device, once, however many clients want it at the same time."""
+
+import logging
+import socket
+import sys
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from flink_llm.engine.settings import HostSettings, resolve_device
+from flink_llm.errors import ConfigError, Outage
+from flink_llm.local import processes
+
+log = logging.getLogger(__name__)
+PROGRESS_S = 5.0
+POLL_S = 0.05
+PROBE_S = 1.0
+
+
+def start_host(settings: HostSettings, path: Path) -> None:
+    """Starts the host of the socket `path` unless somebody else just has; waits until it listens.
+
+    It runs in a session of its own with a log of its own, beside the socket. Blocks for up to
+    `settings.start_timeout_s`. Raises Outage when that was too short, ConfigError with the last line of
+    the log when the host ends, LocalError when it cannot be run.
+    """
+    patience = settings.start_timeout_s
+    try:
+        with FileLock(path.with_suffix(".lock"), timeout=patience):
+            if not listening(path):
+                _start(settings, path)
+    except Timeout as error:
+        raise Outage(f"somebody else has been starting the model host for {patience:g} s") from error
+
+
+def listening(path: Path) -> bool:
+    """Whether somebody accepts connections there."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(PROBE_S)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _start(settings: HostSettings, path: Path) -> None:
+    log_file = path.with_suffix(".log")
+    device = resolve_device(settings.device)
+    log.info("starting the model host (%s), log in %s", device, log_file)
+    began = told = time.monotonic()
+    written = log_file.stat().st_size if log_file.exists() else 0
+    started = processes.start(_command(settings, device, path), log_file)
+    while not listening(path):
+        now = time.monotonic()
+        if started.process() is None:
+            last = _last_line(log_file, written)
+            raise ConfigError(f"the model host ended at its start: {last} (log: {log_file})")
+        if now - began > settings.start_timeout_s:
+            processes.stop(started)
+            patience = settings.start_timeout_s
+            raise Outage(f"the model host did not start within {patience:g} s (log: {log_file})")
+        if now - told > PROGRESS_S:
+            told = now
+            log.info("the model host has been starting for %.0f s", now - began)
+        time.sleep(POLL_S)
+    log.info("the model host listens after %.1f s", time.monotonic() - began)
+
+
+def _command(settings: HostSettings, device: str, path: Path) -> list[str]:
+    options = {
+        "device": device,
+        "socket": path,
+        "threads": settings.threads,
+        "slots": settings.slots,
+        "queue": settings.queue,
+        "linger": settings.linger_s,
+        "linger-work": settings.linger_work_s,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", settings.launcher, *words, "--", *settings.launcher_args]
+
+
+def _last_line(log_file: Path, start: int) -> str:
+    """The last line written after byte `start`."""
+    with log_file.open("rb") as stream:
+        stream.seek(start)
+        lines = stream.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"

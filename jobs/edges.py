@@ -1,0 +1,63 @@
+"""What every job has in common: where its requests come from, where its outcomes go, how it starts."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pyflink.common import Encoder, Types, WatermarkStrategy
+from pyflink.datastream import DataStream, StreamExecutionEnvironment
+from pyflink.datastream.connectors.file_system import FileSink, FileSource, OutputFileConfig, StreamFormat
+
+from flink_llm import config, environment, kafka
+from flink_llm.config import JobConfig
+from flink_llm.errors import FlinkLlmError
+from flink_llm.udfs.async_operator import Outputs
+
+
+def requests(env: StreamExecutionEnvironment, tables: Any, settings: JobConfig) -> DataStream:
+    """The stream of requests: Kafka's, or the lines of a file."""
+    if settings.files is None:
+        return kafka.source(tables, settings.kafka, settings.topics.requests, uid="requests")
+    lines = FileSource.for_record_stream_format(StreamFormat.text_line_format(), settings.files.requests).build()
+    strategy = WatermarkStrategy.for_monotonous_timestamps()
+    return env.from_source(lines, strategy, "requests", Types.STRING()).uid("requests")
+
+
+def write(tables: Any, outputs: Outputs, settings: JobConfig) -> None:
+    """Results, partials and failures to their topics, or to files."""
+    topics = settings.topics
+    named = {
+        "responses": (outputs.results, [topics.responses, *topics.reply_to], settings.flink.delivery),
+        "tokens": (outputs.partials, [topics.tokens], "at_least_once"),
+        "failures": (outputs.failures, [topics.failures], settings.flink.delivery),
+    }
+    for uid, (stream, names, delivery) in named.items():
+        if settings.files is None:
+            kafka.sink(tables, stream, settings.kafka, names, uid=uid, delivery=delivery)  # type: ignore[arg-type]
+        else:
+            values = stream.map(_value, Types.STRING()).uid(f"{uid}-text")
+            prefix = OutputFileConfig.builder().with_part_prefix(uid).build()
+            encoder = Encoder.simple_string_encoder()
+            sink = FileSink.for_row_format(settings.files.outcomes, encoder).with_output_file_config(prefix).build()
+            values.sink_to(sink).uid(uid)
+
+
+def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], arguments: list[str] | None = None) -> Any:
+    """The `main` of a job: reads `--config`, builds, runs; a configuration error is one line, status 2."""
+    parser = argparse.ArgumentParser(description="A job of flink-llm.")
+    parser.add_argument("--config", required=True, help="the job's YAML file")
+    args = parser.parse_args(arguments)
+    try:
+        settings = config.load(args.config)
+        env = environment.environment(settings.flink.properties)
+        build(env, settings)
+    except FlinkLlmError as error:
+        print(f"flink-llm: {error}", file=sys.stderr)
+        sys.exit(2)
+    return env.execute(settings.name)
+
+
+def _value(row: Any) -> str:
+    text: str = row.value.decode()
+    return text
