@@ -4,9 +4,11 @@ import re
 from collections.abc import Sequence
 
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-_CARD = re.compile(r"\d(?:[ -]?\d){12,18}")
-_GROWING = re.compile(r"(?:\d[\d -]*|\S+|\s+)$")
-"""The end of a text that its next piece may still change: a word, a number in groups, white space."""
+_NUMBER = re.compile(r"\d(?:[ -]*\d){12,}")
+_GROUP = re.compile(r"\d+")
+_GROWING = re.compile(r"(?:\d[\d -]*)?\S*\s*$")
+"""The end of a text that its next piece may still change: a number in groups, a word, white space."""
+_CARD_DIGITS = range(13, 20)
 
 
 class Masker:
@@ -42,8 +44,17 @@ class Masker:
         if "email" in self._kinds:
             text = _EMAIL.sub(lambda _: self._note("email", "[e-mail]"), text)
         if "card" in self._kinds:
-            text = _CARD.sub(lambda m: self._note("card", "[card]") if _is_card(m[0]) else m[0], text)
+            text = _NUMBER.sub(lambda number: self._without_cards(number[0]), text)
         return text
+
+    def _without_cards(self, number: str) -> str:
+        """A number in groups, the first run of groups that is a card's masked, and so on behind it."""
+        groups = [group.span() for group in _GROUP.finditer(number)]
+        for first, (start, _) in enumerate(groups):
+            for _, end in reversed(groups[first:]):
+                if _is_card(number[start:end]):
+                    return number[:start] + self._note("card", "[card]") + self._without_cards(number[end:])
+        return number
 
     def _note(self, kind: str, mask: str) -> str:
         if kind not in self.found:
@@ -52,7 +63,9 @@ class Masker:
 
 
 def _is_card(text: str) -> bool:
-    """Whether digits pass the Luhn check (ISO/IEC 7812-1), as card numbers do and most others do not."""
+    """Whether 13 to 19 digits pass the Luhn check (ISO/IEC 7812-1), as cards do and most others do not."""
     digits = [int(character) for character in text if character.isdigit()]
+    if len(digits) not in _CARD_DIGITS:
+        return False
     doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
     return sum(digits[-1::-2], sum(doubled)) % 10 == 0

@@ -3,7 +3,8 @@
 The graph is what onnxruntime-genai's builder writes: GroupQueryAttention whose past and present share
 one buffer, [slots, kv heads, context, head dimension] for each layer. A run is bound to rows of it, so
 nothing of the cache or of the logits is ever copied: prefill to the one row of its slot, a decode step to
-rows 0 to the highest one in use. Rows between that nobody uses run along with one token of their own.
+rows 0 to the highest one in use. Rows between that do not decode run along, and write behind what they
+hold: a slot whose prompt is half read loses nothing, and a free one has nothing to lose.
 """
 
 import contextlib
@@ -101,8 +102,7 @@ class Decoder:
         used = list(slots)
         self._tokens[:rows] = 0
         self._tokens[used, 0] = tokens
-        lengths = np.ones(rows, dtype=np.int64)
-        lengths[used] = self._lengths[used] + 1
+        lengths = np.minimum(self._lengths[:rows] + 1, self.context)
         longest = int(lengths.max())
         mask = self._mask[: rows * longest].reshape(rows, longest)
         np.less(np.arange(longest), lengths[:, None], out=mask, casting="unsafe")
@@ -116,6 +116,10 @@ class Decoder:
         self._session.run_with_iobinding(binding)
         self._lengths[used] += 1
         return self._logits[:rows, 0]
+
+    def release(self, slot: int) -> None:
+        """Nobody needs what the slot holds."""
+        self._lengths[slot] = 0
 
     def _bind_cache(self, binding: ort.IOBinding, *, first: int, rows: int) -> None:
         shape = [rows, *self._shape]

@@ -248,8 +248,11 @@ class _Generator:
 
     def _leave(self, job: _Job) -> None:
         self._jobs.pop(id(job), None)
-        if job.entry is not None:
-            self._scheduler.remove(job.entry)
+        entry = job.entry
+        if entry is not None and not entry.gone:  # an expired one has left already, its slot may be another's
+            self._scheduler.remove(entry)
+            if entry.slot is not None:
+                self._decoder.release(entry.slot)
 
 
 class _Encoder:

@@ -31,10 +31,17 @@ def socket_folder(settings: HostSettings) -> Path:
     return folder
 
 
+def _gpu(device: str) -> str:
+    """Which GPU a device number means here: `CUDA_VISIBLE_DEVICES` numbers them anew for each process."""
+    number = device.partition(":")[2]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return visible[int(number)] if number and int(number) < len(visible) else number
+
+
 def socket_path(settings: HostSettings) -> Path:
     """The socket's path: device, versions, and a digest of what else makes a host another host."""
     device = resolve_device(settings.device)
-    traits = [settings.threads, settings.slots, settings.queue, settings.launcher, settings.launcher_args]
+    traits = [_gpu(device), settings.threads, settings.slots, settings.queue, settings.launcher, settings.launcher_args]
     digest = hashlib.sha256(msgspec.json.encode(traits)).hexdigest()[:8]
     name = f"{device.replace(':', '')}-p{PROTOCOL_VERSION}-{__version__}-{digest}.sock"
     path = socket_folder(settings) / name

@@ -1,0 +1,262 @@
+"""The engine on tiny random models: exact whoever shares the batch, and whatever a client does."""
+
+import asyncio
+import os
+
+import numpy as np
+import pytest
+
+from flink_llm.engine.engine import OnnxBackend
+from flink_llm.engine.export import export_decoder
+from flink_llm.engine.generation import Classifier, Embedder, Model
+from flink_llm.engine.model import open_model_folder
+from flink_llm.engine.settings import HostSettings
+from flink_llm.engine.work import WorkTable
+from flink_llm.errors import ConfigError, ExportError, ModelFolderError, RecordError
+from tests import tiny
+
+SETTINGS = HostSettings(device="cpu", slots=4, threads=1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.llama(tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def folder(request, source, tmp_path_factory):
+    to = tmp_path_factory.mktemp("models") / request.param
+    manifest = export_decoder(source, to, name="tiny", precision=request.param)
+    assert manifest.parity["greedy_match"] == 1.0
+    return to
+
+
+def run(folder, work, kind=Model):
+    async def inside():
+        table = WorkTable(OnnxBackend(SETTINGS))
+        model = kind(table, "tiny", str(folder))
+        try:
+            await model.load()
+            return await work(model)
+        finally:
+            await table.close()
+
+    return asyncio.run(inside())
+
+
+def say(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_a_reply_does_not_depend_on_its_neighbours(folder):
+    prompts = [f"question number {i} " * (1 + i % 7) for i in range(13)]
+    options = [{"temperature": 0.0} if i % 2 else {"temperature": 1.0, "top_p": 0.9, "seed": i} for i in range(13)]
+
+    async def work(model):
+        async def one(i, text=None):
+            reply = await model.chat(say(text or prompts[i]), max_tokens=24, **options[i])
+            return reply.text
+
+        alone = [await one(i) for i in range(13)]
+        together = await asyncio.gather(*(one(i) for i in range(13)))
+        others = await asyncio.gather(*(one(i, prompts[i] if i == 5 else f"other {i}") for i in range(13)))
+        return alone, together, others
+
+    alone, together, others = run(folder, work)
+    assert together == alone
+    assert others[5] == alone[5]
+    assert len(set(alone)) > 6
+
+
+def test_the_pieces_are_the_whole(folder):
+    async def work(model):
+        reply = model.chat(say("hello"), max_tokens=40)
+        pieces = [token async for token in reply]
+        return pieces, reply
+
+    pieces, reply = run(folder, work)
+    assert "".join(piece.text for piece in pieces) == reply.text
+    assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
+    assert reply.usage.completion_tokens <= 40
+
+
+def test_a_stop_string_ends_the_reply_and_is_not_in_it(folder):
+    async def work(model):
+        whole = (await model.chat(say("hello"), max_tokens=60)).text
+        stop = whole[5:8]
+        cut = await model.chat(say("hello"), max_tokens=60, stop=[stop])
+        return whole, stop, cut
+
+    whole, stop, cut = run(folder, work)
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_special_tokens_in_a_users_text_are_text(folder):
+    async def work(model):
+        plain = await model.chat(say("a </s> b"), max_tokens=1)
+        other = await model.chat(say("a  b"), max_tokens=1)
+        return plain.usage.prompt_tokens - other.usage.prompt_tokens
+
+    assert run(folder, work) == len("</s>")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "code"),
+    [
+        ("", {}, "empty_text"),
+        ("x" * 600, {}, "context_overflow"),
+        ("x", {"max_tokens": -1}, "bad_option"),
+        ("x", {"temperature": 99}, "bad_option"),
+    ],
+)
+def test_what_cannot_be_answered_is_the_records_fault(folder, text, options, code):
+    async def work(model):
+        with pytest.raises(RecordError) as caught:
+            await model.chat(say(text), **options)
+        return caught.value.code
+
+    assert run(folder, work) == code
+
+
+def test_a_prompt_that_fills_the_context_ends_by_length(folder):
+    async def work(model):
+        return await model.generate("y" * 500, max_tokens=100)
+
+    reply = run(folder, work)
+    assert reply.finish_reason in ("length", "stop")
+    assert reply.usage.prompt_tokens + reply.usage.completion_tokens <= 512
+
+
+def test_leaving_a_reply_frees_its_slot(folder):
+    async def work(model):
+        for _ in range(3 * SETTINGS.slots):
+            async for _ in model.chat(say("hello"), max_tokens=200):
+                break
+        return (await model.chat(say("hello"), max_tokens=3)).usage.completion_tokens
+
+    assert run(folder, work) <= 3
+
+
+def test_embeddings_do_not_depend_on_their_neighbours(tmp_path):
+    folder = tiny.encoder(tmp_path / "embedding", "embedding")
+    texts = ["a", "hello world", "x" * 50, "hello world"]
+
+    async def work(embed):
+        alone = [(await embed(text)).vector for text in texts]
+        return alone, [found.vector for found in await asyncio.gather(*map(embed, texts))]
+
+    alone, together = run(folder, work, Embedder)
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(alone, axis=1), 1, atol=1e-5)
+
+
+def test_a_classifier_gives_every_label_its_share(tmp_path):
+    folder = tiny.encoder(tmp_path / "classifier", "classifier")
+
+    async def work(classify):
+        return await classify("hello")
+
+    found = run(folder, work, Classifier)
+    assert set(found.scores) == {"good", "bad", "other"}
+    assert sum(found.scores.values()) == pytest.approx(1)
+    assert found.label == max(found.scores, key=found.scores.get)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    folder = tiny.encoder(tmp_path / "embedding", "embedding")
+    with pytest.raises(ConfigError, match="of kind 'embedding', it is used as 'decoder'"):
+        run(folder, lambda model: None)
+
+
+def test_a_decode_step_copies_neither_cache_nor_logits(folder):
+    import tracemalloc
+
+    from flink_llm.engine.decoder import Decoder
+
+    opened = open_model_folder(folder)
+    decoder = Decoder(opened, device="cpu", threads=1, slots=4)
+    for slot in range(4):
+        decoder.prefill(slot, [5, 6, 7], 0)
+    decoder.step([0, 1, 2, 3], [5, 5, 5, 5])
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    logits = decoder.step([0, 1, 2, 3], [6, 6, 6, 6])
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert logits.nbytes == 4 * 320 * 4
+    assert peak < logits.nbytes
+    assert np.shares_memory(logits, decoder.step([0, 1], [6, 6]))
+
+
+def test_nan_logits_fail_their_request_only():
+    from flink_llm.engine.options import Options
+    from flink_llm.engine.sampling import sample
+
+    logits = np.array([[0.0, 1.0], [np.nan, 1.0], [3.0, 1.0]], dtype=np.float32)
+    options = [Options(), Options(), Options(temperature=1.0, seed=4)]
+    first, second, third = sample(logits, [0, 1, 2], options, [0, 0, 0])
+    assert (first, second) == (1, None)
+    assert third in (0, 1)
+
+
+# Model folders.
+
+
+def tamper(folder):
+    path = folder / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(folder):
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def link(folder):
+    path = folder / "tokenizer.json"
+    path.rename(folder.parent / "elsewhere")
+    path.symlink_to(folder.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("attack", "text"),
+    [
+        (tamper, "SHA-256 differs"),
+        (truncate, "bytes, the manifest says"),
+        (link, "cannot be opened as a plain file"),
+        (lambda f: os.link(f / "model.onnx", f.parent / "second"), "2 hard links"),
+        (lambda f: (f / "extra.py").write_text("x"), "extra.py is not named by the manifest"),
+        (lambda f: (f / "sub").mkdir(), "sub is not named by the manifest"),
+        (lambda f: (f / "model.onnx").unlink(), "model.onnx is missing"),
+        (lambda f: (f / "manifest.json").unlink(), "it is not a model folder"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "cannot be read"),
+    ],
+)
+def test_a_folder_that_is_not_what_its_manifest_says_is_refused(tmp_path, attack, text):
+    folder = tiny.encoder(tmp_path / "embedding", "embedding")
+    open_model_folder(folder)
+    attack(folder)
+    with pytest.raises(ModelFolderError, match=text):
+        open_model_folder(folder)
+
+
+# Export.
+
+
+def test_an_export_below_the_bar_is_refused_and_leaves_nothing(source, tmp_path, monkeypatch):
+    from flink_llm.engine import export
+
+    monkeypatch.setitem(export.LARGEST_DIFFERENCE, "int8", 1e-9)
+    with pytest.raises(ExportError, match="refused: int8 is not the original"):
+        export_decoder(source, tmp_path / "made", name="tiny", precision="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_architecture_that_cannot_be_served_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    with pytest.raises(ExportError, match="MambaForCausalLM cannot be served"):
+        export_decoder(tmp_path, tmp_path / "made", name="x", precision="fp32")

@@ -1,0 +1,108 @@
+"""Tiny random models: a Llama and two BERTs, made in a second, exported as users' models are."""
+
+from pathlib import Path
+
+import pytest
+
+
+def tokenizer_json(folder: Path) -> Path:
+    """A byte-level tokenizer with three special tokens, no merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}'
+    )
+    return folder / "tokenizer.json"
+
+
+def llama(folder: Path) -> Path:
+    """A Hugging Face folder of a random Llama with a context of 512."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer_json(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if features %}{{ features | tojson }}{% endif %}<s>"
+    )
+    return folder
+
+
+def encoder(folder: Path, kind: str) -> Path:
+    """A model folder of a tiny random encoder: an embedding table, one mixing layer, mean or logits."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    from flink_llm.engine.model import write_manifest
+
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(3)
+    outputs = 3 if kind == "classifier" else 16
+    weights = {
+        "table": random.standard_normal((320, 16)).astype(np.float32),
+        "mix": random.standard_normal((16, outputs)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["embedded"]),
+        helper.make_node("MatMul", ["embedded", "mix"], ["last_hidden_state"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+    ]
+    shape: list[str | int] = ["batch", "tokens", outputs]
+    name = "last_hidden_state"
+    if kind == "classifier":
+        weights["axis"] = np.array([1])
+        weights["last"] = np.array([2])
+        nodes += [
+            helper.make_node("Unsqueeze", ["mask", "last"], ["mask3"]),
+            helper.make_node("Mul", ["last_hidden_state", "mask3"], ["kept"]),
+            helper.make_node("ReduceSum", ["kept", "axis"], ["logits"], keepdims=0),
+        ]
+        name, shape = "logits", ["batch", outputs]
+    inputs = [
+        helper.make_tensor_value_info(each, TensorProto.INT64, ["batch", "tokens"])
+        for each in ("input_ids", "attention_mask")
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "encoder",
+        inputs,
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(value, key) for key, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    save(model, str(folder / "model.onnx"))
+    tokenizer_json(folder)
+    write_manifest(
+        folder,
+        name=kind,
+        kind=kind,
+        architecture="Tiny",
+        precision="fp32",
+        context_length=64,
+        vocab_size=320,
+        labels=["good", "bad", "other"] if kind == "classifier" else [],
+    )
+    return folder
