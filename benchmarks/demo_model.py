@@ -29,9 +29,7 @@ def dialogues(count: int) -> dict[str, list[Dialogue]]:
     return {
         "grounded": [made.dialogue(orders[i % 3], missing=False) for i in range(count // 2)],
         "refused_when_missing": [made.dialogue(asked[i % 5], missing=True) for i in range(count * 2 // 5)],
-        "grounded_long": [
-            made.dialogue(orders[i % 3], missing=False, long=LONG_WORDS) for i in range(count // 10)
-        ],
+        "grounded_long": [made.dialogue(orders[i % 3], missing=False, long=LONG_WORDS) for i in range(count // 10)],
     }
 
 

@@ -56,9 +56,7 @@ def job(settings: Settings) -> None:
     udf = chosen(settings.gauge) if settings.handler == "Counted" else chosen()
     scripts = Path(settings.folder) / "scripts.json"
     scripts.write_bytes(msgspec.json.encode({"scripted": settings.script}))
-    host = HostSettings(
-        launcher="flink_llm.testing", launcher_args=[str(scripts)], linger_s=5.0, device="cpu"
-    )
+    host = HostSettings(launcher="flink_llm.testing", launcher_args=[str(scripts)], linger_s=5.0, device="cpu")
     env = environment.environment()
     environment.configure(env, settings.flink, capacity=settings.operator.capacity)
     tables = environment.tables(env)

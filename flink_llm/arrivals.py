@@ -106,7 +106,7 @@ class Keyer:
         self._as_type = as_type
         if isinstance(key, str):
             probe = msgspec.defstruct("Probe", [("key", Any, None)], rename={"key": key})
-            self._probe = msgspec.json.Decoder(probe)
+            self._probe: msgspec.json.Decoder[Any] = msgspec.json.Decoder(probe)
 
     def arrive(self, arrival: Arrival) -> tuple[str, Arrival]:
         """What to shard by, and the arrival with its key, or with the reason why it has none."""

@@ -20,7 +20,7 @@ _RECORD_EXT = 1
 _to_json = msgspec.json.Encoder(decimal_format="string")
 
 
-def decode(data: bytes | None, as_type: type[T] | Any = Any) -> T:
+def decode(data: bytes | None, as_type: Any = Any) -> Any:
     """One JSON value as `as_type`.
 
     Raises RecordError: `null_value`, `malformed` (no JSON, no UTF-8) or `invalid` (path and
@@ -35,7 +35,7 @@ def decode(data: bytes | None, as_type: type[T] | Any = Any) -> T:
     return convert(value, as_type)
 
 
-def convert(value: Any, as_type: type[T] | Any) -> T:
+def convert(value: Any, as_type: Any) -> Any:
     """A JSON-like value as `as_type`; unknown fields of a record are kept. Raises RecordError `invalid`."""
     if as_type is Any or (isinstance(as_type, type) and isinstance(value, as_type)):
         return value

@@ -148,9 +148,7 @@ def _report(store: Store, name: str, config: Any) -> ViewReport:
 
 def _count(config: Any, view: str) -> int | None:
     table = f"{config.project}_{view}".replace('"', '""')
-    with contextlib.closing(
-        sqlite3.connect(f"file:{config.online_store.path}?mode=ro", uri=True)
-    ) as connection:
+    with contextlib.closing(sqlite3.connect(f"file:{config.online_store.path}?mode=ro", uri=True)) as connection:
         try:
             rows = connection.execute(f'SELECT COUNT(DISTINCT entity_key) FROM "{table}"').fetchone()
         except sqlite3.OperationalError:  # an on-demand view has no table

@@ -13,9 +13,7 @@ class FeatureRow(Mapping[str, Any]):
 
     __slots__ = ("_values", "age_s", "found", "stale")
 
-    def __init__(
-        self, values: Mapping[str, Any], *, age_s: float | None, found: bool, stale: bool = False
-    ) -> None:
+    def __init__(self, values: Mapping[str, Any], *, age_s: float | None, found: bool, stale: bool = False) -> None:
         self._values = dict(values)
         self.age_s = age_s
         self.found = found

@@ -94,9 +94,7 @@ def _key_of(part: Part, given: Mapping[str, Any]) -> Key | None:
     return tuple(field.convert(given[name]) for name, field in part.keys)
 
 
-def _merged(
-    given: Mapping[str, Any], parts: list[tuple[Part, Key | None, StoredRow | None]], now: float
-) -> FeatureRow:
+def _merged(given: Mapping[str, Any], parts: list[tuple[Part, Key | None, StoredRow | None]], now: float) -> FeatureRow:
     values = dict(given)
     ages: list[float] = []
     found, stale = True, False

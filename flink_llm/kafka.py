@@ -8,7 +8,7 @@ own DataStream classes give the value only, and a null value restarts the job fo
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pyflink.common import Types
 from pyflink.datastream import DataStream
@@ -28,9 +28,7 @@ INBOUND = Types.ROW_NAMED(
 )
 """A record as it was read; `time` is Kafka's timestamp, and the stream record's."""
 
-OUTBOUND = Types.ROW_NAMED(
-    ["key", "value", "headers", "topic"], [_BYTES, _BYTES, _HEADERS, Types.STRING()]
-)
+OUTBOUND = Types.ROW_NAMED(["key", "value", "headers", "topic"], [_BYTES, _BYTES, _HEADERS, Types.STRING()])
 """A record to write. `topic` null means the sink's first topic."""
 
 _names = itertools.count()
@@ -59,9 +57,7 @@ def source(
         "value.format": "raw",
         "value.fields-include": "EXCEPT_KEY",
         "properties.group.id": settings.group,
-        "scan.startup.mode": {"earliest": "earliest-offset", "latest": "latest-offset"}.get(
-            start, "group-offsets"
-        ),
+        "scan.startup.mode": {"earliest": "earliest-offset", "latest": "latest-offset"}.get(start, "group-offsets"),
         "properties.auto.offset.reset": "latest" if start == "latest" else "earliest",
         "scan.watermark.idle-timeout": f"{IDLE_S} s",
         **_connection(settings),

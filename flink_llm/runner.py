@@ -270,8 +270,8 @@ class Runner:
             if self._closing:
                 raise
             late = call.expires_at is not None and self.now() >= call.expires_at
-            error = DeadlineExceeded() if late else RecordError("handler_error", "the call cancelled itself")
-            return Failed(error.code, error.message, self._generation(call))
+            ended = DeadlineExceeded() if late else RecordError("handler_error", "the call cancelled itself")
+            return Failed(ended.code, ended.message, self._generation(call))
         except BaseException as error:  # whatever a handler raises is its record's, SystemExit included
             log.warning("%s failed on %s", self.name, call.arrival.place, exc_info=error)
             text = f"{type(error).__name__}: {error}"[:2000]

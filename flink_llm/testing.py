@@ -72,9 +72,7 @@ class ScriptedBackend:
             raise ConfigError(f"no script for the model {name!r}")
         digest = hashlib.sha256(name.encode()).hexdigest()
         script = self._by_hash[digest] = self._scripts[name]
-        return Loaded(
-            call=0, name=name, sha256=digest, kind=script.kind, context_length=2048, labels=script.labels
-        )
+        return Loaded(call=0, name=name, sha256=digest, kind=script.kind, context_length=2048, labels=script.labels)
 
     def start(self, work: Submit, generation: str, emit: Callable[[Event], None]) -> Callable[[], None]:
         """See `Backend.start`."""
@@ -95,9 +93,7 @@ class ScriptedBackend:
     async def close(self) -> None:
         """See `Backend.close`."""
 
-    async def _play(
-        self, script: Script, work: Submit, generation: str, emit: Callable[[Event], None]
-    ) -> None:
+    async def _play(self, script: Script, work: Submit, generation: str, emit: Callable[[Event], None]) -> None:
         loop = asyncio.get_running_loop()
         if script.fault == "hang":
             await asyncio.Event().wait()

@@ -367,9 +367,7 @@ def test_host_of_another_version_is_refused(folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\n\r\n", b""], ids=["garbage", "nothing"])
-def test_something_else_on_the_socket_is_an_outage(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
-) -> None:
+def test_something_else_on_the_socket_is_an_outage(folder: Path, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
     monkeypatch.setattr(client_module, "GREETING_S", 0.2)
     settings = settings_in(folder)
 

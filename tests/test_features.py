@@ -147,10 +147,7 @@ def test_a_service_reads_all_its_views(shop: FeatureSettings) -> None:
     async def test(client: FeatureClient) -> None:
         chat = client.table("support_chat")
         row = await chat.get(user_id="user-3", order_id=1042)
-        assert (
-            row["first_name"] == CUSTOMERS["user-3"]["first_name"]
-            and row["carrier"] == ORDERS["1042"]["carrier"]
-        )
+        assert row["first_name"] == CUSTOMERS["user-3"]["first_name"] and row["carrier"] == ORDERS["1042"]["carrier"]
         assert row["order_id"] == "1042" and row.found
         alone = await chat.get(user_id="user-3", order_id=None)
         assert alone["first_name"] == row["first_name"] and alone["carrier"] is None and not alone.found
@@ -206,9 +203,7 @@ def test_a_batch_has_a_limit_and_what_comes_during_a_read_shares_the_next(shop: 
     pauses=st.lists(st.integers(0, 3), max_size=30),
     limit=st.integers(1, 8),
 )
-def test_each_caller_gets_its_own_row(
-    shop: FeatureSettings, wanted: list[str], pauses: list[int], limit: int
-) -> None:
+def test_each_caller_gets_its_own_row(shop: FeatureSettings, wanted: list[str], pauses: list[int], limit: int) -> None:
     async def test(client: FeatureClient) -> None:
         orders = client.table("order_status")
 
@@ -420,9 +415,7 @@ def test_two_read_while_another_process_writes(own_shop: FeatureSettings) -> Non
             assert all(row.found for row in rows)
         await other.close()
 
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(file)], stdout=subprocess.PIPE, text=True
-    ) as writer:
+    with subprocess.Popen([sys.executable, "-c", script, str(file)], stdout=subprocess.PIPE, text=True) as writer:
         try:
             assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
             run(test, own_shop)

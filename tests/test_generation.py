@@ -293,9 +293,7 @@ def test_options_that_are_none_have_their_default() -> None:
         reply = model.chat(HELLO, max_tokens=None, temperature=None, seed=None, stop=None)
         assert reply._work.options == Options(seed=default_seed("r1"))
         chosen = model.chat(HELLO, max_tokens=9, temperature=0.5, top_k=4, top_p=0.9, seed=3, stop=("a",))
-        assert chosen._work.options == Options(
-            max_tokens=9, temperature=0.5, top_k=4, top_p=0.9, seed=3, stop=["a"]
-        )
+        assert chosen._work.options == Options(max_tokens=9, temperature=0.5, top_k=4, top_p=0.9, seed=3, stop=["a"])
 
     run(case)
 

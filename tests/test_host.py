@@ -141,9 +141,7 @@ async def until(condition: Callable[[], bool], patience: float = 5.0) -> None:
         await asyncio.sleep(0.005)
 
 
-def work(
-    model: str, *, call: int = 7, name: str = "w", kind: Any = "generate", prompt: str = "abc"
-) -> Submit:
+def work(model: str, *, call: int = 7, name: str = "w", kind: Any = "generate", prompt: str = "abc") -> Submit:
     return Submit(call=call, model=model, kind="generate", work=name, request_id="r", prompt=prompt)
 
 

@@ -29,8 +29,7 @@ class Plain(AsyncUdf):
         if text.startswith("sleep"):
             await asyncio.sleep(float(text.split()[1]))
         elif text == "hold":
-            while not Plain.release.is_set():
-                await asyncio.sleep(0.002)
+            await asyncio.to_thread(Plain.release.wait, 10)
         elif text == "none":
             return None
         elif text == "record":

@@ -23,9 +23,7 @@ def test_no_slot_leaks_and_no_request_is_lost_or_doubled(events):
     for event in events:
         if event[0] == "add":
             try:
-                entries.append(
-                    scheduler.add(len(entries), event[1], priority=event[2], now=now, deadline=event[3])
-                )
+                entries.append(scheduler.add(len(entries), event[1], priority=event[2], now=now, deadline=event[3]))
             except Overloaded:
                 assert scheduler.waiting == 10
         elif event[0] == "cancel" and event[1] < len(entries):

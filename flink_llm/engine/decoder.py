@@ -10,6 +10,7 @@ hold: a slot whose prompt is half read loses nothing, and a free one has nothing
 import contextlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from flink_llm.engine.model import Manifest, ModelFolder
 from flink_llm.errors import ConfigError, ModelFolderError
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -81,7 +82,7 @@ class Decoder:
         self._logits = np.empty((slots, 1, manifest.vocab_size), dtype=self._dtype)
         self._bindings: dict[int, ort.IOBinding] = {}
 
-    def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating]:
+    def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
         """Reads `tokens` at position `start` of a slot; logits [vocabulary] after the last of them."""
         count = len(tokens)
         ids = np.asarray(tokens, dtype=np.int64).reshape(1, count)
@@ -94,9 +95,10 @@ class Decoder:
         _bind_output(binding, "logits", logits)
         self._session.run_with_iobinding(binding)
         self._lengths[slot] = start + count
-        return logits[0, -1]
+        last: NDArray[np.floating[Any]] = logits[0, -1]
+        return last
 
-    def step(self, slots: Sequence[int], tokens: Sequence[int]) -> NDArray[np.floating]:
+    def step(self, slots: Sequence[int], tokens: Sequence[int]) -> NDArray[np.floating[Any]]:
         """Reads one token in each of `slots`; logits [highest slot + 1, vocabulary], valid until the next call."""
         rows = max(slots) + 1
         used = list(slots)
@@ -138,7 +140,7 @@ def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) 
     binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> type[np.floating]:
+def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> type[np.floating[Any]]:
     """Compares the graph with the manifest; the element type of its cache."""
     layers = range(manifest.num_layers)
     wanted = {"input_ids", "attention_mask"}

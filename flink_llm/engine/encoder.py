@@ -60,7 +60,8 @@ class Encoder:
             pooled = (hidden * weights).sum(axis=1) / weights.sum(axis=1)
         if self._manifest.normalize:
             pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
-        return pooled.astype(np.float32)
+        vectors: NDArray[np.float32] = pooled.astype(np.float32)
+        return vectors
 
 
 def batches(lengths: Sequence[int], limit: int = PADDED_TOKENS) -> list[list[int]]:
@@ -76,4 +77,5 @@ def batches(lengths: Sequence[int], limit: int = PADDED_TOKENS) -> list[list[int
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return (shares / shares.sum(axis=-1, keepdims=True)).astype(np.float32)
+    normed: NDArray[np.float32] = (shares / shares.sum(axis=-1, keepdims=True)).astype(np.float32)
+    return normed

@@ -22,7 +22,7 @@ from flink_llm.engine.scheduler import Entry, Scheduler
 from flink_llm.engine.sequence import Sequence
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.engine.tokenizer import Tokenizer
-from flink_llm.errors import ModelFolderError, Overloaded, RecordError
+from flink_llm.errors import Overloaded, RecordError
 
 log = logging.getLogger(__name__)
 CHUNK = 256
@@ -312,7 +312,5 @@ class _Encoder:
 
 def _fault(error: RecordError | Overloaded) -> Fault:
     if isinstance(error, Overloaded):
-        return Fault(
-            call=0, kind="overloaded", code="overloaded", message=str(error), retry_after=error.retry_after
-        )
+        return Fault(call=0, kind="overloaded", code="overloaded", message=str(error), retry_after=error.retry_after)
     return Fault(call=0, kind="record", code=error.code, message=error.message)

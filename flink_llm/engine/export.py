@@ -151,9 +151,9 @@ def _measure(source: Path, made: Path, precision: str) -> dict[str, Any]:
     worst, compared, equal = 0.0, 0, 0
     for prompt in _prompts(folder.files, tokenizer):
         with torch.no_grad():
-            tokens = original.generate(
-                torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, pad_token_id=0
-            )[0].tolist()
+            tokens = original.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, pad_token_id=0)[
+                0
+            ].tolist()
             wanted = original(torch.tensor([tokens])).logits[0].numpy()
         scale = float(wanted.std())
         found = [decoder.prefill(0, prompt, 0).copy()]

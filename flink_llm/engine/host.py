@@ -180,9 +180,7 @@ class Host:
     Work whose client was lost goes on for `linger_work_s` seconds.
     """
 
-    def __init__(
-        self, backend: Backend, device: str, *, linger_s: float, linger_work_s: float = LINGER_S
-    ) -> None:
+    def __init__(self, backend: Backend, device: str, *, linger_s: float, linger_work_s: float = LINGER_S) -> None:
         self.table = WorkTable(backend, linger_s=linger_work_s)
         self.device = device
         self.peers: set[_Peer] = set()
@@ -253,9 +251,7 @@ def serve(backend: Callable[[HostSettings], Backend], settings: HostSettings, pa
     try:
         device = resolve_device(settings.device)
         with FileLock(path.with_suffix(".held"), timeout=PREDECESSOR_S):
-            host = Host(
-                backend(settings), device, linger_s=settings.linger_s, linger_work_s=settings.linger_work_s
-            )
+            host = Host(backend(settings), device, linger_s=settings.linger_s, linger_work_s=settings.linger_work_s)
             asyncio.run(_run(host, path))
     except Timeout:
         _refuse(f"another host of {path} is alive; stop it first")
@@ -286,13 +282,9 @@ def command(
     @click.option("--slots", default=16, show_default=True, help="Generations at once.")
     @click.option("--queue", default=4096, show_default=True, help="Requests that may wait.")
     @click.option("--linger", default=30.0, show_default=True, help="Seconds to stay without a client.")
-    @click.option(
-        "--linger-work", default=LINGER_S, show_default=True, help="Seconds to work for a lost one."
-    )
+    @click.option("--linger-work", default=LINGER_S, show_default=True, help="Seconds to work for a lost one.")
     @click.argument("extra", nargs=-1)
-    def host(
-        path: Path | None, linger: float, linger_work: float, extra: tuple[str, ...], **chosen: Any
-    ) -> None:
+    def host(path: Path | None, linger: float, linger_work: float, extra: tuple[str, ...], **chosen: Any) -> None:
         """Serve models to every job on this machine. Jobs start it themselves; this runs it in sight."""
         settings = HostSettings(
             linger_s=linger, linger_work_s=linger_work, launcher=launcher, launcher_args=list(extra), **chosen

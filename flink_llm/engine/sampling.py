@@ -1,16 +1,16 @@
 """The next token from its logits. A request's draws depend on its seed and position alone."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from flink_llm.engine.protocol import Options
 
-Logits = NDArray[np.floating]
+Logits = NDArray[np.floating[Any]]
 
 
-def sample(
-    logits: Logits, rows: list[int], options: list[Options], positions: list[int]
-) -> list[int | None]:
+def sample(logits: Logits, rows: list[int], options: list[Options], positions: list[int]) -> list[int | None]:
     """One token for each of `rows` of `logits` [any, vocabulary]; None for a row that is not finite.
 
     `positions` counts the tokens a request has been given. Greedy rows cost one argmax of the whole
@@ -32,10 +32,7 @@ def sample(
 def _draw(row: Logits, option: Options, position: int) -> int:
     """One draw after temperature, top-k and top-p, by inverse transform over the sorted candidates."""
     count = option.top_k if 0 < option.top_k < row.size else row.size
-    if count < row.size:
-        candidates = np.argpartition(row, -count)[-count:]
-    else:
-        candidates = np.arange(row.size)
+    candidates = np.argpartition(row, -count)[-count:] if count < row.size else np.arange(row.size)
     # Ties are broken by the token's number, so that the order never depends on the partition.
     candidates = candidates[np.lexsort((candidates, -row[candidates]))]
     scores = row[candidates].astype(np.float64) / option.temperature

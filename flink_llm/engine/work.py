@@ -196,9 +196,7 @@ class WorkTable:
             listeners = alive.listeners
             self._cancel(alive)
             for listener in listeners:
-                listener.hear(
-                    Fault(call=listener.call, kind="outage", code="outage", message="the engine is closed")
-                )
+                listener.hear(Fault(call=listener.call, kind="outage", code="outage", message="the engine is closed"))
         await self._backend.close()
 
     def _start(self, work: Submit, alive: _Alive) -> None:

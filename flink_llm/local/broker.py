@@ -126,7 +126,7 @@ def create_topics(bootstrap_servers: str, topics: Iterable[str]) -> None:
     from kafka.admin import NewTopic
     from kafka.errors import KafkaError
 
-    wanted = dict(topic.split(":", 1) if ":" in topic else (topic, "1") for topic in topics)
+    wanted = {name: partitions or "1" for name, _, partitions in (topic.partition(":") for topic in topics)}
     try:
         admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
         try:

@@ -32,9 +32,7 @@ def customers(seed: int = DEFAULT_SEED, count: int = CUSTOMERS) -> list[dict[str
     ]
 
 
-def orders(
-    seed: int = DEFAULT_SEED, count: int = ORDERS, *, today: date | None = None
-) -> list[dict[str, Any]]:
+def orders(seed: int = DEFAULT_SEED, count: int = ORDERS, *, today: date | None = None) -> list[dict[str, Any]]:
     """Rows of `order_status`: ids of four to six digits, `1042` first; dates lie around `today`."""
     pick = random.Random(f"orders/{seed}")
     day = today or datetime.now(UTC).date()

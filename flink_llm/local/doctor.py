@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -57,7 +58,7 @@ def _checks(settings: JobConfig | None, state: Path) -> Iterator[tuple[str, Call
         yield "Kafka", lambda: _kafka(settings)
         yield "topics", lambda: _topics(settings)
     for name, folder in settings.models.items():
-        yield f"model {name}", lambda folder=folder: _model(folder)
+        yield f"model {name}", partial(_model, folder)
     if settings.features is not None:
         yield "features", lambda: _features(settings)
 

@@ -1,0 +1,61 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flink_llm.arrivals import Arrival, Keyer, shard_of
+from flink_llm.errors import RecordError
+from flink_llm.records import ChatRequest, Message
+from flink_llm import codec
+
+VALUE = b'{"request_id": "r", "session_id": "s", "messages": [{"role": "user", "content": "x"}]}'
+
+
+@given(
+    st.builds(
+        Arrival,
+        key=st.none() | st.text(),
+        value=st.none() | st.binary(),
+        headers=st.dictionaries(st.text(), st.none() | st.binary(), max_size=3),
+        topic=st.none() | st.text(),
+        offset=st.none() | st.integers(0, 2**62),
+    )
+)
+def test_an_arrival_survives_state(arrival):
+    assert Arrival.from_bytes(arrival.to_bytes()) == arrival
+
+
+def test_the_shard_of_a_key_never_changes():
+    assert [shard_of(key, 16) for key in ("", "a", "session-1", "é")] == [
+        int.from_bytes(bytes.fromhex(digest), "big") % 16
+        for digest in ("e3b0c442", "ca978112", "84097828", "4a99557e")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "key"),
+    [("session_id", "s"), (lambda request: request.messages[0].content, "x"), (lambda request: 7, "7")],
+)
+def test_a_key_is_a_field_or_a_function_of_the_request(spec, key):
+    by, arrival = Keyer(spec, ChatRequest).arrive(Arrival(value=VALUE, from_kafka=True))
+    assert (by, arrival.key) == (key, key)
+    assert arrival.request(ChatRequest).session_id == "s"
+
+
+@pytest.mark.parametrize("spec", ["nothing", "messages", lambda request: 1 / 0, lambda request: 1.5])
+def test_a_record_without_a_key_is_keyed_by_its_place_and_fails_there(spec):
+    arrival = Arrival(value=VALUE, from_kafka=True, topic="t", partition=1, offset=2)
+    by, arrival = Keyer(spec, ChatRequest).arrive(arrival)
+    assert by == "t/1/2"
+    with pytest.raises(RecordError) as caught:
+        arrival.request(ChatRequest)
+    assert caught.value.code == "bad_key"
+
+
+@pytest.mark.parametrize(
+    "element",
+    [VALUE.decode(), VALUE, codec.decode(VALUE)],
+    ids=["text", "bytes", "mapping"],
+)
+def test_elements_of_any_stream_become_requests(element):
+    _, arrival = Keyer("session_id", ChatRequest).arrive(Arrival(element=element))
+    assert arrival.request(ChatRequest).messages == [Message("user", "x")]
