@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ class Counted(AsyncUdf):
             }
         finally:
             self._in_flight -= 1
+
+
+class Timed(AsyncUdf):
+    """Streams a reply and says when its call ended, in seconds of this machine's clock."""
+
+    async def open(self, ctx: Context) -> None:
+        self._model = ctx.model("scripted")
+
+    async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
+        reply = self._model.chat(request.messages)
+        async for token in reply:
+            await ctx.emit(token)
+        return {"request_id": request.request_id, "completed": time.time()}
 
 
 class Echo(AsyncUdf):

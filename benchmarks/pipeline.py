@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 import time
+import urllib.request
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def job(settings: Settings) -> None:
     scripts = Path(settings.folder) / "scripts.json"
     scripts.write_bytes(msgspec.json.encode({"scripted": settings.script}))
     host = HostSettings(launcher="flink_llm.testing", launcher_args=[str(scripts)], linger_s=5.0, device="cpu")
-    env = environment.environment()
+    env = environment.environment(settings.flink.properties)
     environment.configure(env, settings.flink, capacity=settings.operator.capacity)
     tables = environment.tables(env)
     servers = KafkaSettings(bootstrap_servers=settings.bootstrap_servers, group=Path(settings.folder).name)
@@ -128,15 +130,26 @@ class Pipeline:
             return 0
 
 
-def requests(first: int, count: int, keys: int) -> list[tuple[bytes, bytes]]:
+def rest(port: int, path: str) -> Any:
+    """What Flink's REST interface says of the one job there is."""
+    address = f"http://127.0.0.1:{port}/jobs"
+    identifier = json.load(urllib.request.urlopen(address))["jobs"][0]["id"]
+    return json.load(urllib.request.urlopen(f"{address}/{identifier}{path}"))
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which `share` of them lie."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def requests(first: int, count: int, keys: int) -> Iterator[tuple[bytes, bytes]]:
     """Key and value of requests `r<first>` and on, over `keys` sessions."""
-    made = []
     for i in range(first, first + count):
         session = f"s{i % keys}"
         messages = [{"role": "user", "content": f"hello {i}"}]
         value = {"request_id": f"r{i}", "session_id": session, "messages": messages}
-        made.append((session.encode(), json.dumps(value).encode()))
-    return made
+        yield session.encode(), json.dumps(value).encode()
 
 
 def warm_up(pipeline: Pipeline, producer: Any, consumer: Any) -> None:

@@ -1,0 +1,153 @@
+"""What Flink, the operator and the model host add to a record's way through Kafka.
+
+The floor is a bare kafka-python loop that reads a request and writes it back (acks=all, linger 0), on
+the same broker; ours is the same echo through the async operator, the client and a zero-cost scripted
+model in a real host. Both are warm, at 200 requests a second, and alternate; the figures are medians
+over the pairs.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaConsumer, KafkaProducer
+
+from benchmarks import pipeline
+from benchmarks.pipeline import quantile
+from flink_llm.call import OperatorSettings
+from flink_llm.flink_settings import FlinkSettings
+from flink_llm.local.broker import Broker, create_topics
+from flink_llm.testing import Script
+
+RATE = 200
+FLOOR = """
+import sys
+from kafka import KafkaConsumer, KafkaProducer
+servers, requests, responses = sys.argv[1:]
+producer = KafkaProducer(bootstrap_servers=servers, acks="all", linger_ms=0)
+consumer = KafkaConsumer(requests, bootstrap_servers=servers, group_id=None, auto_offset_reset="earliest")
+for record in consumer:
+    producer.send(responses, key=record.key, value=record.value)
+"""
+
+
+def latencies(servers: str, requests: str, responses: str, seconds: float, level: str) -> list[float]:
+    """Milliseconds from send to a committed answer, at `RATE` for `seconds`."""
+    producer = KafkaProducer(bootstrap_servers=servers, acks="all", linger_ms=0)
+    consumer = KafkaConsumer(
+        responses, bootstrap_servers=servers, group_id=None, auto_offset_reset="latest", isolation_level=level
+    )
+    while not consumer.assignment():
+        consumer.poll(timeout_ms=50)
+    for partition in consumer.assignment():
+        consumer.position(partition)
+    count, sent, found = int(RATE * seconds), {}, []
+    mark = uuid.uuid4().hex[:6]
+    began = time.perf_counter()
+    i, last = 0, began
+    while len(found) < count and time.perf_counter() - last < 20:
+        now = time.perf_counter()
+        while i < count and began + i / RATE <= now:
+            identifier = f"{mark}-{i}"
+            messages = [{"role": "user", "content": "hello"}]
+            value = {"request_id": identifier, "session_id": f"s{i % 100}", "messages": messages}
+            sent[identifier] = time.perf_counter()
+            producer.send(requests, key=identifier.encode(), value=json.dumps(value).encode())
+            i += 1
+        for records in consumer.poll(timeout_ms=1).values():
+            arrived = time.perf_counter()
+            for record in records:
+                start = sent.pop(json.loads(record.value)["request_id"], None)
+                if start is not None:
+                    found.append((arrived - start) * 1000)
+                    last = arrived
+    consumer.close()
+    producer.close()
+    if len(found) < count:
+        raise RuntimeError(f"{count - len(found)} of {count} requests were not answered")
+    return found
+
+
+def measure(
+    servers: str, folder: Path, *, pairs: int, seconds: float, delivery: Any, interval_ms: int
+) -> dict[str, Any]:
+    """Alternating runs of the floor and of ours."""
+    mark = uuid.uuid4().hex[:8]
+    asked, answered = f"floor.requests.{mark}", f"floor.responses.{mark}"
+    create_topics(servers, [asked, answered])
+    floor = subprocess.Popen([sys.executable, "-c", FLOOR, servers, asked, answered])
+    flink = FlinkSettings(delivery=delivery, checkpoint_interval_ms=interval_ms, expected_rate=RATE)
+    operator = OperatorSettings(remember_s=60)
+    ours: list[list[float]] = []
+    floors: list[list[float]] = []
+    level = "read_committed" if delivery == "exactly_once" else "read_uncommitted"
+    try:
+        with pipeline.Pipeline(servers, folder, script=Script(), flink=flink, operator=operator) as running:
+            producer = KafkaProducer(bootstrap_servers=servers)
+            consumer = KafkaConsumer(running.topics["responses"], bootstrap_servers=servers, group_id=None)
+            pipeline.warm_up(running, producer, consumer)
+            topics = running.topics
+            latencies(servers, topics["requests"], topics["responses"], max(5.0, seconds), level)  # warm up
+            for _ in range(pairs):
+                floors.append(latencies(servers, asked, answered, seconds, "read_uncommitted"))
+                ours.append(latencies(servers, topics["requests"], topics["responses"], seconds, level))
+    finally:
+        floor.kill()
+        floor.wait()
+    middle = {
+        f"{name}_{label}": statistics.median(quantile(run, share) for run in runs)
+        for name, runs in (("floor", floors), ("ours", ours))
+        for label, share in (("p50", 0.5), ("p99", 0.99))
+    }
+    ratios = {
+        label: statistics.median(
+            quantile(mine, share) / quantile(base, share) for mine, base in zip(ours, floors, strict=True)
+        )
+        for label, share in (("p50", 0.5), ("p99", 0.99))
+    }
+    return {**middle, "p50_ratio": ratios["p50"], "p99_ratio": ratios["p99"]}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two short pairs, at least once only")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="flink-llm-") as folder:
+        broker = Broker(Path(folder))
+        broker.up([])
+        try:
+            pairs, seconds = (2, 4.0) if args.quick else (5, 10.0)
+            found = measure(
+                broker.bootstrap_servers, Path(folder), pairs=pairs, seconds=seconds,
+                delivery="at_least_once", interval_ms=1000,
+            )  # fmt: skip
+            result = {
+                "p50_ratio": round(found["p50_ratio"], 2), "p99_ratio": round(found["p99_ratio"], 2),
+                "p50_ms": round(found["ours_p50"], 1), "p99_ms": round(found["ours_p99"], 1),
+                "floor_p50_ms": round(found["floor_p50"], 1), "floor_p99_ms": round(found["floor_p99"], 1),
+            }  # fmt: skip
+            if not args.quick:
+                once = measure(
+                    broker.bootstrap_servers, Path(folder), pairs=pairs, seconds=seconds,
+                    delivery="exactly_once", interval_ms=200,
+                )  # fmt: skip
+                result |= {
+                    "exactly_once_p50_ms": round(once["ours_p50"], 1),
+                    "exactly_once_p99_ms": round(once["ours_p99"], 1),
+                    "floor_p99_ms": round(once["floor_p99"], 1),
+                }
+            print(json.dumps(result))
+        finally:
+            broker.wipe()
+
+
+if __name__ == "__main__":
+    main()
