@@ -7,6 +7,7 @@ the host said them tokens follow each other, and how long checkpoints take.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import threading
@@ -65,12 +66,11 @@ def observe(servers: str, folder: Path, script: Script, offered: float, seconds:
 
 
 def _offer(producer: Any, topic: str, rate: float, stop: threading.Event) -> None:
-    began, i = time.monotonic(), 0
-    for key, value in pipeline.requests(0, 10_000_000, 1000):
+    began = time.monotonic()
+    for i, (key, value) in enumerate(pipeline.requests(0, 10_000_000, 1000)):
         if stop.wait(max(0.0, began + i / rate - time.monotonic())):
             return
         producer.send(topic, key=key, value=value)
-        i += 1
 
 
 def fast(servers: str, folder: Path, seconds: float) -> dict[str, Any]:
@@ -96,9 +96,7 @@ def slow(servers: str, folder: Path, seconds: float) -> dict[str, Any]:
     for arrived, token in seen["tokens"]:
         arrivals[token["generation_id"]].append(arrived)
     added = [
-        (later - earlier) * 1000 - GAP_MS
-        for times in arrivals.values()
-        for earlier, later in zip(times, times[1:], strict=False)
+        (later - earlier) * 1000 - GAP_MS for times in arrivals.values() for earlier, later in itertools.pairwise(times)
     ]
     return {
         "token_gap_p99_ms": round(quantile(added, 0.99), 1),
