@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from pyflink.common import Types
+from pyflink.common import Types, WatermarkStrategy
 from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StreamTableEnvironment
 
@@ -33,6 +33,13 @@ OUTBOUND = Types.ROW_NAMED(["key", "value", "headers", "topic"], [_BYTES, _BYTES
 
 _names = itertools.count()
 IDLE_S = 10
+DISCOVERY_S = 30
+"""How soon a partition that was added to a topic is read, seconds."""
+
+# A broker refuses times more than an hour ahead and a producer those before 1970: one such record
+# would restart the job for ever. What lies outside is written with the time of writing.
+_TIME = """CASE WHEN `$time` BETWEEN TO_TIMESTAMP_LTZ(0, 3)
+                    AND CURRENT_ROW_TIMESTAMP() + INTERVAL '1' MINUTE THEN `$time` END"""
 
 
 def source(
@@ -47,8 +54,10 @@ def source(
     """Records of `topics` as `INBOUND` rows whose event time is Kafka's timestamp.
 
     `start` is where to begin without a savepoint: "committed" takes the group's offsets, and the
-    earliest where there are none. `bounded` ends at what is there now.
+    earliest where there are none. `bounded` ends at what is there now. Raises ConfigError without topics.
     """
+    if not topics:
+        raise ConfigError(f"{uid}: a source needs at least one topic")
     options = {
         "connector": "kafka",
         "topic": ";".join(topics),
@@ -60,6 +69,7 @@ def source(
         "scan.startup.mode": {"earliest": "earliest-offset", "latest": "latest-offset"}.get(start, "group-offsets"),
         "properties.auto.offset.reset": "latest" if start == "latest" else "earliest",
         "scan.watermark.idle-timeout": f"{IDLE_S} s",
+        "scan.topic-partition-discovery.interval": f"{DISCOVERY_S} s",
         **_connection(settings),
     }
     if bounded:
@@ -92,12 +102,17 @@ def sink(
 ) -> None:
     """Writes `OUTBOUND` rows, each to its own `topic` (one of `topics`) or else to the first of them.
 
+    A row's `topic` outside `topics` fails the job; with a single topic it is not looked at. A record's
+    time is the stream record's, or the time of writing where that is absent or one no broker takes.
+    Header values that are null are not written.
+
     Exactly once is transactional, in the pooled naming: `uid` and the consumer group name the
     transactions, so they must differ between jobs on one broker. Raises ConfigError when the broker's
-    maximum forbids the transaction timeout.
+    maximum forbids the transaction timeout, or when `stream` lacks a field of `OUTBOUND`.
     """
     if not topics:
         raise ConfigError(f"{uid}: a sink needs at least one topic")
+    _check_rows(stream, uid)
     options = {
         "connector": "kafka",
         "topic": ";".join(topics),
@@ -119,7 +134,7 @@ def sink(
         }
     columns = """`key` BYTES, `value` BYTES, `headers` MAP<STRING NOT NULL, BYTES> METADATA,
                  `time` TIMESTAMP_LTZ(3) METADATA FROM 'timestamp'"""
-    selected = "`key`, `value`, `headers`, `time`"
+    selected = f"`key`, `value`, `headers`, {_TIME}"
     if len(topics) > 1:  # the connector has no topic to choose where there is only one
         columns += ", `topic` STRING NOT NULL METADATA"
         default = topics[0].replace("'", "''")
@@ -131,15 +146,27 @@ def sink(
         .column("value", DataTypes.BYTES())
         .column("headers", DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES()))
         .column("topic", DataTypes.STRING())
-        .column_by_metadata("time", DataTypes.TIMESTAMP_LTZ(3), "rowtime")
+        .column_by_metadata("$time", DataTypes.TIMESTAMP_LTZ(3), "rowtime")
         .build()
     )
+    # The table edge refuses a record without a time: this marks such with one out of range.
+    stamped = stream.assign_timestamps_and_watermarks(WatermarkStrategy.no_watermarks()).uid(f"{uid}_time")
     view = f"{name}_rows"
-    tables.create_temporary_view(view, tables.from_data_stream(stream, schema))
+    tables.create_temporary_view(view, tables.from_data_stream(stamped, schema))
     statements = tables.create_statement_set()
     statements.add_insert_sql(f"INSERT INTO `{name}` SELECT {selected} FROM `{view}`")
     with _uids(tables, uid):
         statements.attach_as_datastream()
+
+
+def _check_rows(stream: DataStream, uid: str) -> None:
+    found = stream.get_type()
+    found = getattr(found, "_type_info", found)  # a stream that came from a table wraps its type
+    if not set(OUTBOUND._field_names) <= set(getattr(found, "_field_names", None) or ()):
+        raise ConfigError(
+            f"{uid}: a sink takes rows of key, value, headers and topic; "
+            f"give the step before it output_type=flink_llm.kafka.OUTBOUND"
+        )
 
 
 def _connection(settings: KafkaSettings) -> dict[str, str]:
@@ -163,9 +190,13 @@ def _uids(tables: StreamTableEnvironment, uid: str) -> Iterator[None]:
     would change them and lose a savepoint's state.
     """
     config = tables.get_config()
-    config.set("table.exec.uid.generation", "ALWAYS")
-    config.set("table.exec.uid.format", f"{uid}_<transformation>")
+    wanted = {"table.exec.uid.generation": "ALWAYS", "table.exec.uid.format": f"{uid}_<transformation>"}
+    defaults = {"table.exec.uid.generation": "PLAN_ONLY", "table.exec.uid.format": "<id>_<transformation>"}
+    before = {name: config.get(name, default) for name, default in defaults.items()}
+    for name, value in wanted.items():
+        config.set(name, value)
     try:
         yield
     finally:
-        config.set("table.exec.uid.format", "<id>_<transformation>")
+        for name, value in before.items():
+            config.set(name, value)

@@ -46,6 +46,14 @@ def shipped(name: str) -> Path:
     raise LocalError(f"this installation has no {name}/ folder: use a clone of the repository")
 
 
+def demo_model() -> Path:
+    """The demo model's folder. Raises LocalError with the command that makes it."""
+    folder = shipped("models") / "support-chat"
+    if not (folder / "manifest.json").exists():
+        raise LocalError(f"{folder} holds no model yet: `make train-demo` trains it, about an hour on two cores")
+    return folder
+
+
 def prepare(state: Path) -> FeatureSettings:
     """Applies and fills the demo's feature repository below `state`, once."""
     settings = FeatureSettings(repo=str(shipped("feature_repo")), state=str(state / "features"))
@@ -62,7 +70,7 @@ def prepare(state: Path) -> FeatureSettings:
 def configuration(state: Path, **changes: Any) -> dict[str, Any]:
     """The main job's configuration for this machine, as plain values."""
     raw: dict[str, Any] = yaml.safe_load((shipped("jobs") / CONFIG).read_text())
-    raw["models"] = {"support-chat": str(shipped("models") / "support-chat")}
+    raw["models"] = {"support-chat": str(demo_model())}
     raw["features"] = {"repo": str(shipped("feature_repo")), "state": str(state / "features")}
     raw.pop("kafka")
     raw["host"] = {"linger_s": LINGER_S}
@@ -72,6 +80,7 @@ def configuration(state: Path, **changes: Any) -> dict[str, Any]:
 def ask(question: str, user: str, state: Path) -> None:
     """Runs the main job over one request in a file, and prints the reply."""
     console = Console(stderr=True)
+    demo_model()
     with console.status("preparing features ..."):
         prepare(state)
     with tempfile.TemporaryDirectory(prefix="flink-llm-try-") as folder:
@@ -126,6 +135,7 @@ class Demo:
 
     def run(self) -> None:
         """The whole demo. Raises LocalError; Ctrl-C ends it."""
+        demo_model()
         self._state.mkdir(parents=True, exist_ok=True)
         broker_was_up = self._broker.process is not None
         try:

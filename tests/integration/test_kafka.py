@@ -1,128 +1,67 @@
-"""The edges against a real broker: whole records in, whole records out, event time behind `apply`."""
+"""Whole records through a real broker and a job whose Python runs in a process of its own."""
 
-import json
-import sys
-import textwrap
-from pathlib import Path
+import time
 
 import pytest
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.admin import NewTopic
+from pyflink.common import Row
+from pyflink.datastream.functions import ProcessFunction
 
-from flink_llm.errors import ConfigError
-from flink_llm.kafka_settings import KafkaSettings, check_transaction_timeout, masked
-from flink_llm.local import processes
-
-PROGRAM = """
-import sys
 from flink_llm import environment, kafka
-from flink_llm.call import OperatorSettings
+from flink_llm.errors import ConfigError
 from flink_llm.flink_settings import FlinkSettings
-from flink_llm.handler import AsyncUdf
 from flink_llm.kafka_settings import KafkaSettings
-from flink_llm.udfs.async_operator import apply
 
-servers, requests, responses, other, failures = sys.argv[1:]
-
-class Echo(AsyncUdf):
-    async def call(self, request: dict, ctx):
-        return {"request_id": request["request_id"], "timestamp": ctx.timestamp}
-
-env = environment.environment()
-environment.configure(env, FlinkSettings(checkpoint_interval_ms=200, delivery="exactly_once"), capacity=64)
-tables = environment.tables(env)
-settings = KafkaSettings(bootstrap_servers=servers, group=requests)
-stream = kafka.source(tables, settings, [requests], uid="requests", bounded=True)
-operator = OperatorSettings(reply_topics=[responses, other])
-out = apply(stream, Echo(), key="session_id", uid="echo", settings=operator)
-kafka.sink(tables, out.results, settings, [responses, other], uid="responses", delivery="exactly_once")
-kafka.sink(tables, out.failures, settings, [failures], uid="failures", delivery="exactly_once")
-env.execute("edges")
-"""
+NOW = int(time.time() * 1000)
+YEAR_MS = 365 * 24 * 3600 * 1000
+NO_LIMIT = str(2**63 - 1)
 
 
-def consume(broker, topic):
-    consumer = KafkaConsumer(
-        topic,
-        bootstrap_servers=broker.bootstrap_servers,
-        isolation_level="read_committed",
-        auto_offset_reset="earliest",
-        group_id=None,
-        consumer_timeout_ms=2000,
-    )
-    try:
-        return list(consumer)
-    finally:
-        consumer.close()
-
-
-@pytest.mark.timeout(240)
-def test_whole_records_arrive_and_leave(broker, topics, tmp_path):
-    requests, responses, other, failures = topics("requests", "responses", "other", "failures")
+def sent(broker, topic):
+    """What the job reads, a kind of record on each line."""
     producer = KafkaProducer(bootstrap_servers=broker.bootstrap_servers)
-    for i in range(20):
-        value = {"request_id": f"r{i}", "session_id": f"s{i % 3}", **({"reply_to": other} if i == 7 else {})}
-        producer.send(
-            requests, key=b"k", value=json.dumps(value).encode(), headers=[("trace", b"t")], timestamp_ms=1000 + i
-        )
-    for broken in (None, b"\xff\xfe", b"{}", b'{"session_id": ["x"]}'):
-        producer.send(requests, key=b"broken", value=broken, timestamp_ms=5000)
-    producer.flush()
+    headers = [("trace", b"\xff\x00"), ("é", b"")]
+    for key, value, stamp, kept in [
+        (b"whole", b"{}", NOW - 5000, headers),
+        (b"tombstone", None, NOW - 4000, []),
+        (None, b"\xff\xfe", NOW - 3000, []),  # no UTF-8, no key
+        (b"", b"", NOW - 2000, []),
+        (b"routed", b"r", NOW - 1000, []),
+        (b"future", b"f", NOW + YEAR_MS, []),
+    ]:
+        producer.send(topic, key=key, value=value, timestamp_ms=stamp, headers=kept)
     producer.close()
-    program = tmp_path / "edges.py"
-    program.write_text(textwrap.dedent(PROGRAM))
-    log = tmp_path / "log"
-    names = [requests, responses, other, failures]
-    started = processes.start([sys.executable, str(program), broker.bootstrap_servers, *names], log)
-    process = started.process()
-    try:
-        assert process is not None and process.wait(200) in (0, None), log.read_text()[-2000:]
-    finally:
-        processes.stop(started)
-
-    answered = consume(broker, responses)
-    assert sorted(json.loads(record.value)["request_id"] for record in answered) == sorted(
-        f"r{i}" for i in range(20) if i != 7
-    )
-    assert [json.loads(record.value)["request_id"] for record in consume(broker, other)] == ["r7"]
-    for record in answered:
-        number = int(json.loads(record.value)["request_id"][1:])
-        assert record.key == f"s{number % 3}".encode()
-        assert dict(record.headers) == {"trace": b"t"}
-        assert record.timestamp == json.loads(record.value)["timestamp"] == 1000 + number
-    failed = [json.loads(record.value) for record in consume(broker, failures)]
-    assert sorted((failure["code"], failure["offset"]) for failure in failed) == [
-        ("bad_key", 22),
-        ("bad_key", 23),
-        ("malformed", 21),
-        ("null_value", 20),
-    ]
-    assert {failure["topic"] for failure in failed} == {requests}
 
 
-def test_a_transaction_timeout_above_the_brokers_is_refused_with_both_numbers(broker):
-    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, transaction_timeout_ms=10**8)
-    with pytest.raises(ConfigError, match=r"transaction_timeout_ms is 100000000, .*maximum|max.*is 900000"):
-        check_transaction_timeout(settings)
-    check_transaction_timeout(KafkaSettings(bootstrap_servers=broker.bootstrap_servers))
+def committed(broker, topic):
+    consumer = KafkaConsumer(
+        topic, bootstrap_servers=broker.bootstrap_servers, isolation_level="read_committed",
+        auto_offset_reset="earliest", consumer_timeout_ms=1000,
+    )  # fmt: skip
+    found = list(consumer)
+    consumer.close()
+    return found
 
 
-def test_secrets_are_masked_wherever_settings_are_printed():
-    settings = KafkaSettings(properties={"sasl.jaas.config": "secret!", "ssl.key.password": "x", "acks": "all"})
-    assert "secret!" not in repr(settings)
-    assert "'acks': 'all'" in repr(settings)
-    assert masked({"tokens": "chat.tokens", "connection_string": "a,password=b"}) == {
-        "tokens": "chat.tokens",
-        "connection_string": "********",
-    }
+def seeing():
+    """A process function that writes what Python saw into the header `seen`."""
+
+    class Seeing(ProcessFunction):  # inside: the worker cannot import the tests
+        def process_element(self, row, ctx):
+            place = (row.topic, row.partition, row.offset, row.time.to_epoch_milli(), ctx.timestamp())
+            headers = {**row.headers, "seen": repr((row.key, row.value, place)).encode()}
+            yield Row(row.key, row.value, headers, row.headers.get("to", b"").decode() or None)
+
+    return Seeing()
 
 
-def test_a_port_in_use_and_a_folder_that_cannot_be_written_are_one_line(broker, tmp_path):
-    from flink_llm.errors import LocalError
-    from flink_llm.local.broker import Broker
-
-    with pytest.raises(LocalError, match=f"port {broker.port} is in use"):
-        Broker(tmp_path, broker.port).up([])
-    blocked = Path(tmp_path / "file")
-    blocked.write_text("")
-    with pytest.raises(LocalError, match="cannot be written"):
-        Broker(blocked).up([])
+@pytest.fixture(scope="module", params=["at_least_once", "exactly_once"])
+def outcome(request, broker):
+    """The committed records of (default topic, other topic, topic of unstamped rows), and the input's name."""
+    delivery = request.param
+    source, *sinks = names = [f"{name}.{delivery}" for name in ("in", "out", "other", "plain")]
+    admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
+    lenient = {"message.timestamp.after.max.ms": NO_LIMIT}
+    admin.create_topics([NewTopic(name, 1, 1, topic_configs=lenient * (name == source)) for name in names])
+    admin.close()
