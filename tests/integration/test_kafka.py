@@ -27,7 +27,7 @@ def sent(broker, topic):
         (b"tombstone", None, NOW - 4000, []),
         (None, b"\xff\xfe", NOW - 3000, []),  # no UTF-8, no key
         (b"", b"", NOW - 2000, []),
-        (b"routed", b"r", NOW - 1000, []),
+        (b"routed", b"r", NOW - 1000, [("to", f"other.{topic.split('.')[1]}".encode())]),
         (b"future", b"f", NOW + YEAR_MS, []),
     ]:
         producer.send(topic, key=key, value=value, timestamp_ms=stamp, headers=kept)
@@ -63,5 +63,74 @@ def outcome(request, broker):
     source, *sinks = names = [f"{name}.{delivery}" for name in ("in", "out", "other", "plain")]
     admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
     lenient = {"message.timestamp.after.max.ms": NO_LIMIT}
-    admin.create_topics([NewTopic(name, 1, 1, topic_configs=lenient * (name == source)) for name in names])
+    admin.create_topics([NewTopic(name, 1, 1, topic_configs=lenient if name == source else {}) for name in names])
     admin.close()
+    sent(broker, source)
+    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, group=delivery)
+    none = {"restart-strategy.type": "none"}
+    env = environment.environment(none)
+    environment.configure(env, FlinkSettings(delivery=delivery, checkpoint_interval_ms=500, properties=none))
+    tables = environment.tables(env)
+    read = kafka.source(tables, settings, [source], uid="read", start="earliest", bounded=True)
+    rows = read.process(seeing(), kafka.OUTBOUND).uid("see")
+    kafka.sink(tables, rows, settings, sinks[:2], uid="write", delivery=delivery)
+    unstamped = env.from_collection([Row(b"k", b"v", {}, None)], kafka.OUTBOUND)
+    kafka.sink(tables, unstamped, settings, sinks[2:], uid="plain", delivery=delivery)
+    env.execute(delivery)
+    return [committed(broker, name) for name in sinks], source
+
+
+def by_key(outcome):
+    return {record.key: record for record in outcome[0][0]}
+
+
+def test_every_record_arrives_once(outcome):
+    (default, other, plain), _ = outcome
+    assert [record.key for record in default] == [b"whole", b"tombstone", None, b"", b"future"]
+    assert [record.key for record in other] == [b"routed"]
+    assert [record.key for record in plain] == [b"k"]
+
+
+def test_key_value_place_and_time_reach_python(outcome):
+    _, source = outcome
+    seen = dict(by_key(outcome)[b"whole"].headers)["seen"].decode()
+    assert seen == repr((b"whole", b"{}", (source, 0, 0, NOW - 5000, NOW - 5000)))
+
+
+def test_headers_go_through_as_they_are(outcome):
+    headers = dict(by_key(outcome)[b"whole"].headers)
+    del headers["seen"]
+    assert headers == {"trace": b"\xff\x00", "é": b""}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(b"tombstone", None), (None, b"\xff\xfe"), (b"", b"")], ids=["null", "no-utf8", "empty"]
+)
+def test_odd_values_are_data(outcome, key, value):
+    assert by_key(outcome)[key].value == value
+
+
+def test_a_record_keeps_its_time(outcome):
+    assert by_key(outcome)[b"whole"].timestamp == NOW - 5000
+
+
+def test_a_time_that_no_broker_takes_is_the_time_of_writing(outcome):
+    (default, _, plain), _ = outcome
+    for record in (default[-1], plain[0]):
+        assert NOW - 1000 < record.timestamp < NOW + 600_000
+
+
+def test_a_sink_says_which_type_it_takes(broker):
+    env = environment.environment()
+    words = env.from_collection(["a"])
+    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers)
+    with pytest.raises(ConfigError, match=r"words: a sink takes rows of key, value, headers and topic"):
+        kafka.sink(environment.tables(env), words, settings, ["t"], uid="words")
+
+
+def test_a_transaction_longer_than_the_brokers_maximum_is_refused(broker):
+    env = environment.environment()
+    rows = env.from_collection([Row(b"k", b"v", {}, None)], kafka.OUTBOUND)
+    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, transaction_timeout_ms=3_600_000)
+    with pytest.raises(ConfigError, match=r"is 3600000, the broker's transaction\.max\.timeout\.ms is 900000"):
+        kafka.sink(environment.tables(env), rows, settings, ["t"], uid="rows", delivery="exactly_once")
