@@ -14,7 +14,8 @@ from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.generation import Model
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import WorkTable
-from models.training.dialogues import Dialogue, Generator, is_grounded, is_refusal
+from models.training.dialogues import ABOUT_ORDERS, NEEDED, Dialogue, Generator
+from models.training.grading import is_grounded, is_refusal
 
 MODEL = Path(__file__).parents[1] / "models" / "support-chat"
 SEED = 2026
@@ -24,11 +25,10 @@ LONG_WORDS = 520
 def dialogues(count: int) -> dict[str, list[Dialogue]]:
     """By what they are graded for; a tenth of them are long, two in five lack what they ask for."""
     made = Generator(SEED, "held_out")
-    orders = ["status", "delivery", "returns"]
-    asked = ["status", "delivery", "recommend", "tier", "open_orders"]
+    orders, asked = list(ABOUT_ORDERS), [*ABOUT_ORDERS, *NEEDED]
     return {
         "grounded": [made.dialogue(orders[i % 3], missing=False) for i in range(count // 2)],
-        "refused_when_missing": [made.dialogue(asked[i % 5], missing=True) for i in range(count * 2 // 5)],
+        "refused_when_missing": [made.dialogue(asked[i % 6], missing=True) for i in range(count * 2 // 5)],
         "grounded_long": [made.dialogue(orders[i % 3], missing=False, long=LONG_WORDS) for i in range(count // 10)],
     }
 
@@ -47,11 +47,8 @@ async def measure(folder: Path, count: int, show: int) -> dict[str, object]:
     result: dict[str, object] = {"dialogues": count}
     for name, asked in dialogues(count).items():
         answers = await asyncio.gather(*(answer(model, dialogue) for dialogue in asked))
-        right = is_refusal if name == "refused_when_missing" else None
-        good = [
-            right(text) if right else is_grounded(dialogue, text)
-            for dialogue, (text, _) in zip(asked, answers, strict=True)
-        ]
+        right = is_refusal if name == "refused_when_missing" else is_grounded
+        good = [right(dialogue, text) for dialogue, (text, _) in zip(asked, answers, strict=True)]
         result[name] = round(sum(good) / len(good), 4)
         result[f"{name}_prompt_tokens_min"] = min(tokens for _, tokens in answers)
         wrong = [(dialogue, text) for dialogue, (text, _), ok in zip(asked, answers, good, strict=True) if not ok]

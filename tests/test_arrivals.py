@@ -2,10 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flink_llm import codec
 from flink_llm.arrivals import Arrival, Keyer, shard_of
 from flink_llm.errors import RecordError
 from flink_llm.records import ChatRequest, Message
-from flink_llm import codec
 
 VALUE = b'{"request_id": "r", "session_id": "s", "messages": [{"role": "user", "content": "x"}]}'
 
@@ -26,8 +26,7 @@ def test_an_arrival_survives_state(arrival):
 
 def test_the_shard_of_a_key_never_changes():
     assert [shard_of(key, 16) for key in ("", "a", "session-1", "é")] == [
-        int.from_bytes(bytes.fromhex(digest), "big") % 16
-        for digest in ("e3b0c442", "ca978112", "84097828", "4a99557e")
+        int.from_bytes(bytes.fromhex(digest), "big") % 16 for digest in ("e3b0c442", "ca978112", "84097828", "4a99557e")
     ]
 
 

@@ -41,13 +41,13 @@ def test_values_come_from_the_environment_and_from_files(tmp_path):
     (tmp_path / "secret").write_text("s3cret\n")
     file = tmp_path / "job.yaml"
     file.write_text(
-        "job: embedding\nname: ${NAME}\nkafka:\n  properties:\n    sasl.jaas.config: ${file:%s/secret}\n" % tmp_path
+        f"job: embedding\nname: ${{NAME}}\nkafka:\n  properties:\n    sasl.jaas.config: ${{file:{tmp_path}/secret}}\n"
     )
     config = load(file, {"NAME": "mine"})
     assert config.name == "mine"
     assert config.kafka.properties["sasl.jaas.config"] == "s3cret"
     assert "s3cret" not in repr(config)
-    with pytest.raises(ConfigError, match="^name: the environment variable NAME is not set$"):
+    with pytest.raises(ConfigError, match=r"^name: the environment variable NAME is not set$"):
         load(file, {})
 
 

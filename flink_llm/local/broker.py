@@ -1,16 +1,21 @@
 """A real Kafka broker (KRaft, one node, loopback) in a state folder that survives."""
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from flink_llm.errors import LocalError
+from filelock import FileLock
+
+from flink_llm.errors import ConfigError, LocalError
 from flink_llm.local import jars, processes
 
 START_S = 60.0
+_TOPIC = re.compile(r"([a-zA-Z0-9._-]{1,249})(?::([1-9][0-9]{0,4}))?")
 TOPICS = ("chat.requests", "chat.tokens", "chat.responses", "chat.failures")
 SETTINGS = """\
 process.roles=broker,controller
@@ -73,13 +78,20 @@ class Broker:
     def up(self, topics: Iterable[str] = TOPICS) -> None:
         """Starts the broker if it is down, waits until it answers, makes the topics (`name[:partitions]`).
 
-        Raises LocalError: Java or Maven missing, port in use, folder not writable.
+        Raises LocalError: Java or Maven missing, port in use, up at another port, folder not writable;
+        ConfigError: a topic that no broker takes.
         """
-        if self.process is None:
-            try:
-                self._start()
-            except OSError as error:
-                raise LocalError(f"{self._folder} cannot be written: {error.strerror or error}") from error
+        topics = list(topics)
+        _partitions(topics)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._folder / "up.lock"):
+                if self.process is None:
+                    self._start()
+        except OSError as error:
+            raise LocalError(f"{self._folder} cannot be written: {error.strerror or error}") from error
+        if self._wanted not in (None, self.port):
+            raise LocalError(f"the broker is up at port {self.port} already: run `flink-llm local down` first")
         create_topics(self.bootstrap_servers, topics)
 
     def down(self) -> bool:
@@ -96,7 +108,6 @@ class Broker:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         port = self._wanted or (self.port if self._config.exists() else processes.free_port())
         if not processes.port_is_free(port):
             raise LocalError(f"port {port} is in use: give another one with --port")
@@ -117,24 +128,40 @@ class Broker:
         ran = subprocess.run([*command, str(self._config)], capture_output=True, text=True)
         if ran.returncode:
             reason = (ran.stderr or ran.stdout).strip().splitlines()
-            raise LocalError(f"the broker's folder cannot be set up: {reason[-1] if reason else 'no reason given'}")
+            last = reason[-1] if reason else "no reason given"
+            raise LocalError(f"the broker's folder cannot be set up: {last}")
 
 
 def create_topics(bootstrap_servers: str, topics: Iterable[str]) -> None:
-    """Makes the topics (`name[:partitions]`) that do not exist yet. Raises LocalError."""
+    """Makes the topics (`name[:partitions]`) that do not exist yet; others stay as they are.
+
+    Raises ConfigError for a topic that no broker takes, LocalError when the broker refuses.
+    """
     from kafka import KafkaAdminClient  # slow to import, and not needed by `status`
     from kafka.admin import NewTopic
-    from kafka.errors import KafkaError
+    from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-    wanted = {name: partitions or "1" for name, _, partitions in (topic.partition(":") for topic in topics)}
+    wanted = _partitions(topics)
     try:
         admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
         try:
-            missing = set(wanted) - set(admin.list_topics())
-            if missing:
-                new = [NewTopic(name, num_partitions=int(wanted[name]), replication_factor=1) for name in missing]
-                admin.create_topics(new)
+            for name in sorted(set(wanted) - set(admin.list_topics())):
+                with contextlib.suppress(TopicAlreadyExistsError):  # made meanwhile by somebody else
+                    admin.create_topics([NewTopic(name, num_partitions=wanted[name], replication_factor=1)])
         finally:
             admin.close()
     except KafkaError as error:
         raise LocalError(f"the broker at {bootstrap_servers} refuses: {error}") from error
+
+
+def _partitions(topics: Iterable[str]) -> dict[str, int]:
+    """Partitions by topic name."""
+    wanted = {}
+    for topic in topics:
+        found = _TOPIC.fullmatch(topic)
+        if found is None:
+            raise ConfigError(
+                f"topic {topic!r}: write NAME or NAME:PARTITIONS, the name of letters, digits, '.', '_' and '-'"
+            )
+        wanted[found[1]] = int(found[2] or 1)
+    return wanted

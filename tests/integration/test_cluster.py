@@ -8,7 +8,7 @@ from kafka import KafkaConsumer, KafkaProducer
 from flink_llm.errors import LocalError
 from flink_llm.local.cluster import Cluster
 
-JOB = '''
+JOB = """
 import sys
 from pyflink.common import Row
 from flink_llm import environment, kafka
@@ -24,7 +24,7 @@ read = kafka.source(tables, settings, [source], uid="read", start="earliest")
 out = read.map(lambda row: Row(row.key, row.value.upper(), row.headers, None), kafka.OUTBOUND).uid("upper")
 kafka.sink(tables, out, settings, [sink], uid="write", delivery="exactly_once")
 env.execute("upper")
-'''
+"""
 PATIENCE_S = 90
 
 
@@ -89,7 +89,7 @@ def test_a_job_that_cannot_be_built_is_refused_with_its_error(cluster, tmp_path)
 def test_down_leaves_no_process(tmp_path):
     cluster = Cluster(tmp_path)
     cluster.up()
-    with pytest.raises(LocalError, match="runs in .* already"):
+    with pytest.raises(LocalError, match=r"runs in .* already"):
         Cluster(tmp_path).up()
     started = cluster._started()
     assert len(started) == 2
