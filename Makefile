@@ -44,7 +44,9 @@ test-all: setup-dev ## the tests, the slow ones included
 	@$(BIN)/python -m pytest
 
 check: setup-dev ## lint, types
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@mkdir -p build/typed/flink_llm && ln -sfn $(CURDIR)/flink_llm/* $(CURDIR)/udfs $(CURDIR)/jobs build/typed/flink_llm/
+	@cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 format: setup-dev ## format the code
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .

@@ -84,7 +84,7 @@ def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvi
     jar is fetched if need be.
     """
     configuration = Configuration()
-    if not _submitted():
+    if not submitted():
         _leave_loopback()
         configuration.set_string("python.executable", sys.executable)
         configuration.set_string("pipeline.jars", jars.connector_jar().as_uri())
@@ -94,7 +94,7 @@ def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvi
     return StreamExecutionEnvironment.get_execution_environment(configuration)
 
 
-def _submitted() -> bool:
+def submitted() -> bool:
     """Whether `flink run` started this process: it reaches its gateway through the environment."""
     return "PYFLINK_GATEWAY_PORT" in os.environ and os.environ.get("FLINK_LLM_LOCAL") != "1"
 

@@ -26,7 +26,9 @@ from flink_llm.engine.protocol import Done, Event, Fault, Loaded, Submit, Tokens
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import Backend, WorkTable
 from flink_llm.errors import ConfigError
+from flink_llm.feature_row import FeatureRow
 from flink_llm.handler import AsyncUdf, signature_of
+from flink_llm.names import unknown
 from flink_llm.runner import Runner
 from flink_llm.shard import Output, Shard, Store
 
@@ -138,28 +140,32 @@ def _events(script: Script, work: Submit, generation: str) -> Iterator[Event]:
 
 
 class FakeFeatures:
-    """A table of features: key → values. `out` makes every read an outage."""
+    """A table of features: the key as text → values."""
 
-    def __init__(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, rows: Mapping[str, Mapping[str, Any]], join_key: str) -> None:
         self._rows = rows
+        self.join_keys = (join_key,)
 
     async def get(self, **keys: Any) -> Any:
         """As `FeatureTable.get`, for one key."""
-        from flink_llm.feature_row import FeatureRow
-
         row = self._rows.get(str(next(iter(keys.values()))))
         return FeatureRow(row or {}, age_s=0.0 if row is not None else None, found=row is not None)
 
 
 class FakeServices:
-    """`Services` of scripts and tables. `outage_since` may be set by a test."""
+    """`Services` of scripts and tables: `features` maps a view to its rows by key.
+
+    `join_key` is what those views are read by; `outage_since` may be set by a test.
+    """
 
     def __init__(
         self,
         models: Mapping[str, Script] | None = None,
         features: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
         backend: Backend | None = None,
+        join_key: str = "user_id",
     ) -> None:
+        self._join_key = join_key
         self.backend = backend or ScriptedBackend(models or {})
         self.outage_since: float | None = None
         self._features = features or {}
@@ -180,7 +186,9 @@ class FakeServices:
 
     def features(self, name: str) -> Any:
         """See `Context.features`."""
-        return FakeFeatures(self._features[name])
+        if name not in self._features:
+            raise ConfigError(unknown("features", name, self._features))
+        return FakeFeatures(self._features[name], self._join_key)
 
     def _keep(self, served: Served) -> Served:
         self._served.append(served)

@@ -12,6 +12,7 @@ from pyflink.datastream.connectors.file_system import FileSink, FileSource, Outp
 from flink_llm import config, environment, kafka
 from flink_llm.config import JobConfig
 from flink_llm.errors import FlinkLlmError
+from flink_llm.kafka_settings import check_reachable
 from flink_llm.udfs.async_operator import Outputs
 
 
@@ -34,7 +35,7 @@ def write(tables: Any, outputs: Outputs, settings: JobConfig) -> None:
     }
     for uid, (stream, names, delivery) in named.items():
         if settings.files is None:
-            kafka.sink(tables, stream, settings.kafka, names, uid=uid, delivery=delivery)  # type: ignore[arg-type]
+            kafka.sink(tables, stream, settings.kafka, names, uid=uid, delivery=delivery)
         else:
             values = stream.map(_value, Types.STRING()).uid(f"{uid}-text")
             prefix = OutputFileConfig.builder().with_part_prefix(uid).build()
@@ -51,6 +52,8 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
     try:
         settings = config.load(args.config)
         env = environment.environment(settings.flink.properties)
+        if settings.files is None and not environment.submitted():  # a cluster may reach what this machine cannot
+            check_reachable(settings.kafka)
         build(env, settings)
     except FlinkLlmError as error:
         print(f"flink-llm: {error}", file=sys.stderr)

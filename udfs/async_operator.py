@@ -117,7 +117,7 @@ def shard_keys(shards: int, max_parallelism: int) -> list[int]:
     return [keys[shard] for shard in range(shards)]
 
 
-class _Arrive(ProcessFunction):
+class _Arrive(ProcessFunction):  # type: ignore[misc]
     """An element to (shard, arrival bytes)."""
 
     def __init__(self, key: KeySpec, takes: Any, shards: int, inbound: bool) -> None:
@@ -154,7 +154,7 @@ class _ShardKey:
         return self._keys[arrival[0]]
 
 
-class _AsyncOperator(KeyedProcessFunction):
+class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
     """See the module's description."""
 
     def __init__(self, udf: AsyncUdf, settings: OperatorSettings, services: Any, keys: list[int]) -> None:
@@ -258,7 +258,7 @@ class _Counters:
 def _is_inbound(stream: DataStream) -> bool:
     found = stream.get_type()
     found = getattr(found, "_type_info", found)  # a stream that came from a table wraps its type
-    return getattr(found, "_field_names", None) == INBOUND._field_names
+    return bool(getattr(found, "_field_names", None) == INBOUND._field_names)
 
 
 def _lower(value: Any) -> Any:

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -125,17 +124,9 @@ def _local_broker(state: Path) -> str:
 
 
 def _kafka(settings: JobConfig) -> str:
-    from flink_llm.kafka_settings import check_transaction_timeout
+    from flink_llm.kafka_settings import check_reachable, check_transaction_timeout
 
-    for server in settings.kafka.bootstrap_servers.split(","):
-        host, _, port = server.strip().rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), 3).close()
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"kafka.bootstrap_servers: nobody answers at {server} ({error}); start a broker with "
-                "`flink-llm local up`, or correct the address"
-            ) from error
+    check_reachable(settings.kafka)
     check_transaction_timeout(settings.kafka)
     return f"{settings.kafka.bootstrap_servers}, transactions of {settings.kafka.transaction_timeout_ms} ms"
 

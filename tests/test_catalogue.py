@@ -1,0 +1,115 @@
+"""The ready handlers, over scripted models, through the library's own runner and state."""
+
+import pytest
+
+from flink_llm.config import Chat
+from flink_llm.testing import FakeServices, Harness, Script
+from flink_llm.udfs.catalogue import Classify, Embed, Enrich, Generate
+
+CUSTOMERS = {"customer": {"user-1": {"first_name": "Ada", "open_orders": 2}}}
+
+
+def asked(text="hello", **fields):
+    return {
+        "request_id": "r1",
+        "session_id": "s1",
+        "messages": [{"role": "user", "content": text}],
+        **fields,
+    }
+
+
+def run(udf, *requests, services=None, key="session_id"):
+    with Harness(udf, services or FakeServices(CHAT, CUSTOMERS), key=key) as harness:
+        for request in requests:
+            harness.send(request)
+        harness.finish()
+    return harness
+
+
+CHAT = {"demo": Script(text="you said {last}", tokens=5), "slow": Script(first_ms=50, gap_ms=5000, tokens=3)}
+
+
+def test_a_reply_is_streamed_and_whole():
+    ran = run(Generate(Chat(model="demo")), asked())
+    [response] = ran.results()
+    assert response["text"] == "you said hello"
+    assert response["finish_reason"] == "stop"
+    assert response["model"] == "demo"
+    assert response["masked"] == []
+    assert len(ran.partials()) > 1
+    assert [token["sequence"] for token in ran.partials()] == list(range(len(ran.partials())))
+    assert {token["generation_id"] for token in ran.partials()} == {response["generation_id"]}
+
+
+def test_the_response_holds_the_features_it_was_grounded_in():
+    [response] = run(Generate(Chat(model="demo", features="customer")), asked(user_id="user-1")).results()
+    assert response["features"] == {"first_name": "Ada", "open_orders": 2}
+    assert response["feature_age_s"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "found"),
+    [
+        ("mail ada@example.org today", "mail [e-mail] today", ["email"]),
+        ("pay with 4111 1111 1111 1111 now", "pay with [card] now", ["card"]),
+        ("order 1042, 2026-11-26", "order 1042, 2026-11-26", []),
+    ],
+)
+def test_what_is_private_is_masked_in_tokens_too(text, shown, found):
+    ran = run(Generate(Chat(model="demo")), asked(text))
+    [response] = ran.results()
+    assert response["text"] == f"you said {shown}"
+    assert response["masked"] == found
+    assert "".join(token["text"] for token in ran.partials()) == response["text"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (asked(model="other"), "unknown_model"),
+        (asked("x" * 101), "too_large"),
+        (asked(max_tokens=-1), "invalid"),
+        (asked(max_tokens=10**9), "invalid"),
+        ({"request_id": "r1", "session_id": "s1"}, "invalid"),
+        (b"{", "malformed"),
+        (None, "null_value"),
+    ],
+)
+def test_what_cannot_be_answered_is_a_failure(request_, code):
+    ran = run(Generate(Chat(model="demo", max_characters=100)), request_)
+    assert [failure["code"] for failure in ran.failures()] == [code]
+    assert ran.results() == []
+
+
+def test_another_model_may_be_asked_for_by_name():
+    [response] = run(Generate(Chat(model="slow"), ["demo"]), asked(model="demo")).results()
+    assert response["model"] == "demo"
+
+
+def test_the_deadline_leaves_what_there_is():
+    ran = run(Generate(Chat(model="slow")), asked("abcdef", deadline=0.3))
+    [response] = ran.results()
+    assert (response["text"], response["finish_reason"]) == ("ab", "deadline")
+    assert ran.services.backend.cancelled == 1
+
+
+def test_a_text_becomes_a_vector():
+    services = FakeServices({"e": Script(kind="embedding", dimension=4)})
+    [response] = run(Embed("e"), {"request_id": "r1", "text": "hi"}, services=services, key="request_id").results()
+    assert len(response["vector"]) == 4
+    assert response["model"] == "e"
+
+
+def test_a_text_gets_a_label():
+    services = FakeServices({"c": Script(kind="classifier", labels=["good", "bad"])})
+    [response] = run(Classify("c"), {"request_id": "r1", "text": "hi"}, services=services, key="request_id").results()
+    assert response["label"] in ("good", "bad")
+    assert sum(response["scores"].values()) == pytest.approx(1)
+
+
+def test_any_object_gets_features():
+    services = FakeServices(features=CUSTOMERS)
+    known, unknown = ({"id": name, "who": name} for name in ("user-1", "user-2"))
+    results = run(Enrich("customer", {"user_id": "who"}), known, unknown, services=services, key="id").results()
+    assert results[0] == {**known, "features": {"first_name": "Ada", "open_orders": 2}, "feature_age_s": 0.0}
+    assert results[1] == {**unknown, "features": {}, "feature_age_s": None}
