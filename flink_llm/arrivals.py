@@ -6,6 +6,7 @@ whose order is kept, and within what a request id is answered once. A shard is a
 """
 
 import hashlib
+import heapq
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,6 +97,31 @@ class Arrival(Struct, frozen=True, kw_only=True):
 def shard_of(key: str, shards: int) -> int:
     """The shard of a key: the first four bytes of its SHA-256, modulo `shards`."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:4], "big") % shards
+
+
+class EventTimes:
+    """The timestamps of the records in flight in one subtask. No watermark may overtake the oldest."""
+
+    def __init__(self) -> None:
+        self._in_flight: list[int] = []
+        self._gone: list[int] = []
+
+    def add(self, timestamp: int | None) -> None:
+        """A record has arrived."""
+        if timestamp is not None:
+            heapq.heappush(self._in_flight, timestamp)
+
+    def remove(self, timestamp: int | None) -> None:
+        """Its outcome has been emitted."""
+        if timestamp is not None:
+            heapq.heappush(self._gone, timestamp)
+
+    def oldest(self) -> int | None:
+        """The smallest timestamp in flight, None without any."""
+        while self._gone and self._gone[0] == self._in_flight[0]:
+            heapq.heappop(self._gone)
+            heapq.heappop(self._in_flight)
+        return self._in_flight[0] if self._in_flight else None
 
 
 class Keyer:

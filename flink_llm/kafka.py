@@ -86,8 +86,8 @@ def source(
            WATERMARK FOR `time` AS `time` - INTERVAL '0.001' SECOND""",
         options,
     )
-    with _uids(tables, uid):
-        stream = tables.to_data_stream(tables.from_path(name))
+    with table_uids(tables, uid):
+        stream = tables.to_data_stream(tables.from_path(f"`{name}`"))
     return stream
 
 
@@ -151,11 +151,11 @@ def sink(
     )
     # The table edge refuses a record without a time: this marks such with one out of range.
     stamped = stream.assign_timestamps_and_watermarks(WatermarkStrategy.no_watermarks()).uid(f"{uid}_time")
-    view = f"{name}_rows"
+    view = f"`{name}_rows`"
     tables.create_temporary_view(view, tables.from_data_stream(stamped, schema))
     statements = tables.create_statement_set()
-    statements.add_insert_sql(f"INSERT INTO `{name}` SELECT {selected} FROM `{view}`")
-    with _uids(tables, uid):
+    statements.add_insert_sql(f"INSERT INTO `{name}` SELECT {selected} FROM {view}")
+    with table_uids(tables, uid):
         statements.attach_as_datastream()
 
 
@@ -183,14 +183,14 @@ def _create(tables: StreamTableEnvironment, uid: str, columns: str, options: dic
 
 
 @contextlib.contextmanager
-def _uids(tables: StreamTableEnvironment, uid: str) -> Iterator[None]:
+def table_uids(tables: StreamTableEnvironment, uid: str) -> Iterator[None]:
     """Names the operators that a table edge is translated to after `uid`.
 
     The planner's own names hold a counter of the whole process, so that a second job, or a table more,
     would change them and lose a savepoint's state.
     """
     config = tables.get_config()
-    wanted = {"table.exec.uid.generation": "ALWAYS", "table.exec.uid.format": f"{uid}_<transformation>"}
+    wanted = {"table.exec.uid.generation": "ALWAYS", "table.exec.uid.format": f"{uid}_<type>_<transformation>"}
     defaults = {"table.exec.uid.generation": "PLAN_ONLY", "table.exec.uid.format": "<id>_<transformation>"}
     before = {name: config.get(name, default) for name, default in defaults.items()}
     for name, value in wanted.items():

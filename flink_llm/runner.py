@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from flink_llm import codec
+from flink_llm.arrivals import EventTimes
 from flink_llm.call import Call, Failed, Lane, OperatorSettings, Outcome, Result
 from flink_llm.engine.generation import CallInfo, current_call
 from flink_llm.errors import DeadlineExceeded, FlinkLlmError, Outage, Overloaded, RecordError
@@ -55,6 +56,7 @@ class Runner:
         self.takes, self._returns = signature_of(udf)
         self.stateful = udf.stateful
         self.metrics = Metrics()
+        self.event_times = EventTimes()
         self._udf = udf
         self._services = services
         self._clock = clock

@@ -145,6 +145,7 @@ class Shard:
         if not restored:
             self._store.inflight.put(sequence, data)
         self._open[sequence] = call
+        self.runner.event_times.add(arrival.timestamp)
         if self.runner.stateful and not self._per_key.get(call.key):
             call.committed_state = self._state_of(call.key)
         self._per_key[call.key] = self._per_key.get(call.key, 0) + 1
@@ -192,7 +193,8 @@ class Shard:
             self._per_key[call.key] = left
         else:
             del self._per_key[call.key]
-        yield from self._settle(call)
+        yield from self._settle(call)  # before its time may pass
+        self.runner.event_times.remove(call.arrival.timestamp)
         self.runner.committed(call, last_of_key=not left)
 
     def _settle(self, call: Call) -> Iterator[Output]:

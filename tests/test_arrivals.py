@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flink_llm import codec
-from flink_llm.arrivals import Arrival, Keyer, shard_of
+from flink_llm.arrivals import Arrival, EventTimes, Keyer, shard_of
 from flink_llm.errors import RecordError
 from flink_llm.records import ChatRequest, Message
 
@@ -58,3 +58,15 @@ def test_a_record_without_a_key_is_keyed_by_its_place_and_fails_there(spec):
 def test_elements_of_any_stream_become_requests(element):
     _, arrival = Keyer("session_id", ChatRequest).arrive(Arrival(element=element))
     assert arrival.request(ChatRequest).messages == [Message("user", "x")]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 20))))
+def test_the_oldest_in_flight_is_the_smallest_that_has_not_left(steps):
+    times, held = EventTimes(), []
+    for arrives, number in steps:
+        if arrives or not held:
+            times.add(number)
+            held.append(number)
+        else:
+            times.remove(held.pop(number % len(held)))
+        assert times.oldest() == min(held, default=None)

@@ -11,40 +11,40 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from msgspec import Struct
-from pyflink.common import Duration, Row, Types, WatermarkStrategy
+from pyflink.common import Row, Types
 from pyflink.datastream import DataStream, OutputTag, RuntimeExecutionMode, TimeDomain
 from pyflink.datastream.functions import KeyedProcessFunction, ProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapStateDescriptor, ValueStateDescriptor
 from pyflink.java_gateway import get_gateway
 
-from flink_llm import codec
+from flink_llm import codec, environment
 from flink_llm.arrivals import Arrival, Keyer, KeySpec, shard_of
 from flink_llm.call import OperatorSettings
-from flink_llm.environment import check
 from flink_llm.errors import ConfigError
 from flink_llm.handler import AsyncUdf, signature_of
-from flink_llm.kafka import INBOUND, OUTBOUND
+from flink_llm.kafka import INBOUND
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard, Store
+from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
 
 TIMER_MS = 5
 END_OF_TIME = 2**63 - 1
-WATERMARK_SLACK_MS = 1000
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
 _ARRIVAL = Types.TUPLE([Types.INT(), _BYTES])
-_EMITTED = Types.TUPLE([OUTBOUND, Types.LONG()])
-PARTIALS = OutputTag("partials", _EMITTED)
-FAILURES = OutputTag("failures", _EMITTED)
+PARTIALS = OutputTag("partials", EMITTED)
+FAILURES = OutputTag("failures", EMITTED)
 _TAGS = {"partial": PARTIALS, "failure": FAILURES}
 
 
 class Outputs(Struct, frozen=True):
-    """The three streams of an operator, each of `flink_llm.kafka.OUTBOUND` rows.
+    """The three streams of an operator, of rows that `flink_llm.kafka.sink` takes.
 
-    A row has the record's key, the encoded value, its headers, and the topic `reply_to` named (null
-    for the default); its timestamp is its record's, and watermarks are held back by the deadline.
+    A row has the record's `key`, the encoded `value`, its `headers`, the `topic` that `reply_to` named
+    (null for the default), and `time`, its record's. That is its timestamp too, and no watermark
+    overtakes a record in flight (`low` is what they are made of): an outcome is never late unless its
+    record was.
     """
 
     results: DataStream
@@ -82,12 +82,13 @@ def apply(
     keyed = arrivals.key_by(_ShardKey(keys), Types.INT())
     keyed._j_data_stream.getTransformation().getInputs()[0].setUid(f"{uid}-shard")
     operator = _AsyncOperator(udf, settings, services, keys)
-    emitted = keyed.process(operator, _EMITTED).name(uid).uid(uid)
+    emitted = keyed.process(operator, EMITTED).name(uid).uid(uid)
     emitted._j_data_stream.getTransformation().setMaxParallelism(settings.max_parallelism)
+    tables = environment.tables(env)
     return Outputs(
-        _with_event_time(emitted._j_data_stream, settings, f"{uid}-results"),
-        _with_event_time(_side(emitted, PARTIALS), settings, f"{uid}-partials"),
-        _with_event_time(_side(emitted, FAILURES), settings, f"{uid}-failures"),
+        with_event_time(tables, emitted._j_data_stream, f"{uid}-results"),
+        with_event_time(tables, _side(emitted, PARTIALS), f"{uid}-partials"),
+        with_event_time(tables, _side(emitted, FAILURES), f"{uid}-failures"),
     )
 
 
@@ -223,11 +224,11 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             ctx.timer_service().register_processing_time_timer(int(time.time() * 1000) + TIMER_MS)
         self._counters.report()
 
-    @staticmethod
-    def _emit(outputs: Iterator[Output], ctx: Any) -> Iterator[Any]:
+    def _emit(self, outputs: Iterator[Output], ctx: Any) -> Iterator[Any]:
         for out in outputs:
-            row = Row(out.key, out.value, out.headers, out.topic)
             stamp = out.timestamp if out.timestamp is not None else int(time.time() * 1000)
+            low = low_mark(ctx.timer_service().current_watermark(), self._runner.event_times.oldest())
+            row = Row(out.key, out.value, out.headers, out.topic, low)
             tag = _TAGS.get(out.kind)
             yield (row, stamp) if tag is None else (tag, (row, stamp))
 
@@ -279,19 +280,6 @@ def _side(stream: DataStream, tag: OutputTag) -> Any:
     return stream._j_data_stream.getSideOutput(tag.get_java_output_tag())
 
 
-def _with_event_time(j_stream: Any, settings: OperatorSettings, uid: str) -> DataStream:
-    """Flink stamps a timer's output with the timer's time; this gives each outcome its record's."""
-    events = get_gateway().jvm.org.apache.flink.streaming.api.functions.python.eventtime
-    behind_ms = int((settings.deadline or 0) * 1000) + WATERMARK_SLACK_MS
-    strategy = WatermarkStrategy.for_bounded_out_of_orderness(Duration.of_millis(behind_ms))
-    stamped = j_stream.assignTimestampsAndWatermarks(
-        strategy._j_watermark_strategy.withTimestampAssigner(events.CustomTimestampAssigner())
-    )
-    stamped = stamped.uid(f"{uid}-time").name(f"{uid}: event time")
-    plain = stamped.map(events.RemoveTimestampMapFunction(), OUTBOUND.get_java_type_info())
-    return DataStream(plain.uid(uid).name(uid))
-
-
 def _replace(settings: OperatorSettings, **changes: Any) -> OperatorSettings:
     values = {name: getattr(settings, name) for name in settings.__struct_fields__}
     return OperatorSettings(**{**values, **changes})
@@ -303,4 +291,4 @@ def _check_environment(env: Any, settings: OperatorSettings) -> None:
     )
     if mode.upper() == RuntimeExecutionMode.BATCH.name:
         raise ConfigError("execution.runtime-mode is BATCH, which sorts by key and runs no timers: use STREAMING")
-    check(env, settings.capacity)
+    environment.check(env, settings.capacity)

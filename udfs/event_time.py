@@ -1,0 +1,60 @@
+"""The event time of what `apply` emits: each outcome its record's, and watermarks that none overtakes.
+
+Flink stamps what a timer emits with the timer's time, and lets the input's watermarks pass while
+records are in flight. So every outcome carries its record's timestamp, and how far time has come in its
+subtask: the input's watermark or the oldest record in flight, whichever is earlier. Both are put into
+effect in Java: PyFlink has no watermark generator of one's own, a table has one by expression.
+"""
+
+from pyflink.common import Types, WatermarkStrategy
+from pyflink.datastream import DataStream
+from pyflink.java_gateway import get_gateway
+from pyflink.table import DataTypes, Schema, StreamTableEnvironment
+
+from flink_llm.kafka import OUTBOUND, table_uids
+
+_STAMPED = Types.ROW_NAMED(
+    [*OUTBOUND.get_field_names(), "low"],
+    [*OUTBOUND.get_field_types(), Types.LONG()],
+)
+"""An outcome, and the event time in epoch ms up to which nothing earlier follows; null says nothing."""
+
+EMITTED = Types.TUPLE([_STAMPED, Types.LONG()])
+"""What the operator emits: the outcome, and its record's timestamp in epoch milliseconds."""
+
+_LATEST = 253_402_300_799_999
+"""The end of the year 9999, beyond which SQL has no time."""
+
+
+def low_mark(watermark: int | None, oldest: int | None) -> int | None:
+    """How far event time has come, epoch ms: the input's watermark, but before the oldest in flight."""
+    # At the end of bounded input the watermark is the maximum, and Flink passes that on by itself.
+    bounds = [watermark] if watermark is not None and watermark < _LATEST else []
+    if oldest is not None:
+        bounds.append(oldest - 1)
+    return min(bounds) if bounds and 0 <= min(bounds) <= _LATEST else None
+
+
+def with_event_time(tables: StreamTableEnvironment, j_stream: object, uid: str) -> DataStream:
+    """A Java stream of `EMITTED` to rows of `OUTBOUND`'s fields, `low` and `time`, in that time."""
+    events = get_gateway().jvm.org.apache.flink.streaming.api.functions.python.eventtime
+    own = WatermarkStrategy.no_watermarks()._j_watermark_strategy
+    stamped = j_stream.assignTimestampsAndWatermarks(  # type: ignore[attr-defined]
+        own.withTimestampAssigner(events.CustomTimestampAssigner())
+    )
+    stamped = stamped.uid(f"{uid}-time").name(f"{uid}: event time")
+    rows = stamped.map(events.RemoveTimestampMapFunction(), _STAMPED.get_java_type_info())
+    schema = (
+        Schema.new_builder()
+        .column("key", DataTypes.BYTES())
+        .column("value", DataTypes.BYTES())
+        .column("headers", DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES()))
+        .column("topic", DataTypes.STRING())
+        .column("low", DataTypes.BIGINT())
+        .column_by_metadata("time", DataTypes.TIMESTAMP_LTZ(3), "rowtime")
+        .watermark("time", "TO_TIMESTAMP_LTZ(`low`, 3)")
+        .build()
+    )
+    table = tables.from_data_stream(DataStream(rows.uid(uid).name(uid)), schema)
+    with table_uids(tables, uid):  # all columns: a projection would be a second Calc of one uid
+        return tables.to_data_stream(table)
