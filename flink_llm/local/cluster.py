@@ -109,15 +109,18 @@ class Cluster:
 
         `savepoint` is a path that `savepoint` or `stop_with_savepoint` gave.
         """
-        command = [
-            "bash", str(self._home / "bin" / "flink"), "run", "-d",
-            *(["-s", savepoint] if savepoint else []),
+        return self.run(
+            "-d", *(["-s", savepoint] if savepoint else []),
             "-pyexec", sys.executable, "-pyclientexec", sys.executable, "-py", str(job_file), *args,
-        ]  # fmt: skip
+        )  # fmt: skip
+
+    def run(self, *arguments: str) -> str:
+        """`flink run` with these arguments; the job's id. Raises LocalError with the client's last words."""
+        command = ["bash", str(self._home / "bin" / "flink"), "run", *arguments]
         ran = subprocess.run(command, capture_output=True, text=True, env=self._environ())
         found = _JOB_ID.search(ran.stdout)
         if ran.returncode or found is None:
-            raise LocalError(f"{job_file.name} was not submitted: {_last_words(ran.stdout or ran.stderr)}")
+            raise LocalError(f"the job was not submitted: {_last_words(ran.stdout or ran.stderr)}")
         return found[1]
 
     def wait_running(self, job_id: str, patience: float = RUNNING_S) -> None:

@@ -40,7 +40,10 @@ QUESTIONS = (
 def shipped(name: str) -> Path:
     """A folder that comes with the library: `models`, `feature_repo`, `jobs`. Raises LocalError."""
     package = Path(__file__).parents[1]
-    for folder in (package.parent / name, package / "shipped" / name):
+    folders = [package / "shipped" / name, package / name]
+    if (package.parent / "pyproject.toml").exists():  # a clone; in site-packages it would be anybody's
+        folders.append(package.parent / name)
+    for folder in folders:
         if folder.is_dir():
             return folder
     raise LocalError(f"this installation has no {name}/ folder: use a clone of the repository")

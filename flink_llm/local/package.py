@@ -6,11 +6,11 @@ import shutil
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import yaml
 
-from flink_llm.config import load
+from flink_llm.config import JobConfig, load
 from flink_llm.errors import ConfigError, LocalError
 from flink_llm.local import jars
 from flink_llm.names import unknown
@@ -36,16 +36,12 @@ def pack(config: Path, to: Path) -> str:
         to.mkdir(parents=True)
         jar = Path(shutil.copy(jars.connector_jar(), to)).absolute()
         (to / "job.py").write_text(JOB.format(name=settings.job))
-        models = {}
         for name, folder in settings.models.items():
-            models[name] = f"models/{name}"
-            shutil.copytree(folder, to / models[name])
-        changed = {"models": models}
-        raw = msgspec.to_builtins(settings)
+            shutil.copytree(folder, to / "models" / name)
         if settings.features is not None:
-            shutil.copytree(settings.features.repo, to / "feature_repo", ignore=shutil.ignore_patterns("data"))
-            changed["features"] = {**raw["features"], "repo": "feature_repo"}
-        (to / "config.yaml").write_text(yaml.safe_dump({**raw, **changed}, sort_keys=False))
+            ignored = shutil.ignore_patterns("data", "__pycache__")
+            shutil.copytree(settings.features.repo, to / "feature_repo", ignore=ignored)
+        (to / "config.yaml").write_text(yaml.safe_dump(_moved(config, settings), sort_keys=False))
         version = importlib.metadata.version("flink-llm")
         (to / "requirements.txt").write_text(f"flink-llm[cpu]=={version}\n")
     except OSError as error:
@@ -56,3 +52,17 @@ def pack(config: Path, to: Path) -> str:
         "-py", str((to / "job.py").absolute()), "--config", str((to / "config.yaml").absolute()),
     ]  # fmt: skip
     return shlex.join(line)
+
+
+def _moved(config: Path, settings: JobConfig) -> dict[str, Any]:
+    """The file as it was written, `${NAME}`s unresolved since secrets are among them, with new paths."""
+    raw: dict[str, Any] = yaml.safe_load(config.read_text())
+    if settings.models:
+        raw["models"] = {name: f"models/{name}" for name in settings.models}
+    if settings.features is not None:
+        raw["features"]["repo"] = "feature_repo"
+        if settings.features.state is not None and "${" not in raw["features"]["state"]:
+            raw["features"]["state"] = settings.features.state
+    if settings.files is not None:
+        raw["files"] = {"requests": settings.files.requests, "outcomes": settings.files.outcomes}
+    return raw

@@ -28,9 +28,24 @@ class Example(NamedTuple):
 
 
 class Batches:
-    """Endless batches of about `size` tokens, padding included; the same for a seed."""
+    """Endless batches of about `size` tokens, padding included; the same for a seed.
 
-    def __init__(self, seed: int, prompts: Prompts, tokenizer: Tokenizer, size: int) -> None:
+    From `long_from` (progress) on, `long_share` of the batches are of prompts that nearly fill the
+    context. Without `drills` the mix is that of the end from the beginning.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        prompts: Prompts,
+        tokenizer: Tokenizer,
+        size: int,
+        *,
+        long_from: float = 0.7,
+        long_share: float = 0.2,
+        drills: bool = True,
+    ) -> None:
+        self._long_from, self._long_share, self._drills = long_from, long_share, drills
         self._generator = Generator(seed)
         self._random = random.Random(f"batches/{seed}")
         self._prompts = prompts
@@ -41,7 +56,7 @@ class Batches:
 
     def next(self, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and labels [rows, length]; what they hold depends on `progress`, 0 to 1."""
-        if progress > 0.7 and self._random.random() < 0.2:
+        if progress >= self._long_from and self._random.random() < self._long_share:
             return _padded(self._filled(lambda: self._questions(long=self._random.randint(*LONG_WORDS))))
         if not self._ready:
             self._ready = self._pool(progress)
@@ -53,6 +68,7 @@ class Batches:
 
     def _pool(self, progress: float) -> list[list[Example]]:
         kinds: list[Callable[[], Example]] = [self._echo, self._lookup, self._questions, self._plain]
+        progress = progress if self._drills else 1.0
         weights = [20, 35, 30, 15] if progress < 0.35 else [3, 10, 40, 47] if progress < 0.75 else [0, 3, 27, 70]
         examples: list[Example] = []
         total = 0

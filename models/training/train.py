@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m models.training.train --to FOLDER`.
+"""Trains the demo model: `python -m models.training.train --to FOLDER`; `make train-demo` has both its runs.
 
 A Llama of three and a half million parameters learns to answer a customer from the features of its
 prompt. Every number, name and date is drawn anew for each dialogue, so the only way to a low loss is to
@@ -27,13 +27,17 @@ DECAY_FROM = 0.6
 """The share of the training after which the learning rate falls, in a line, to nothing."""
 ATTENTION, SHORT = "short_rows", 640
 REPORT, SAVE = 25, 250
-CHECKED = 64
+CHECKED, CHECKED_LONG = 64, 16
 """Dialogues, of another seed, on which progress is reported: how many answers come out right."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. The same plan makes the same model on the same machine, unless `minutes` cuts it short."""
+    """How to train. The same plan makes the same model on the same machine, unless `minutes` cuts it short.
+
+    From `long_from` on, a share of the steps, `long_share` of the batches hold prompts that nearly fill the
+    context. `resume` is the folder of an earlier run to go on from, with its tokenizer and without drills.
+    """
 
     seed: int = 7
     steps: int = 2500
@@ -41,6 +45,9 @@ class Plan:
     minutes: float = 600.0
     matrix_rate: float = 3e-3
     other_rate: float = 3e-3
+    long_from: float = 0.7
+    long_share: float = 0.2
+    resume: Path | None = None
 
 
 def build_model(vocabulary: int, end: int) -> LlamaForCausalLM:
@@ -95,12 +102,17 @@ AttentionInterface.register(ATTENTION, _attention)
 def train(to: Path, plan: Plan) -> None:
     """Trains and writes the folder `to`, now and then and at the end; prints a line every 25 steps."""
     torch.manual_seed(plan.seed)
-    raw = train_tokenizer(plan.seed).to_str()
+    raw = (plan.resume / "tokenizer.json").read_text() if plan.resume else train_tokenizer(plan.seed).to_str()
     tokenizer = Tokenizer(raw.encode())
     model = build_model(-(-tokenizer.size // 64) * 64, tokenizer.token("<|end|>") or 2)
+    if plan.resume is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(plan.resume).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.size} tokens", flush=True)
     prompts = Prompts(TEMPLATE.read_text(), tokenizer, {})
-    batches = Batches(plan.seed, prompts, tokenizer, plan.tokens_per_step)
+    batches = Batches(
+        plan.seed, prompts, tokenizer, plan.tokens_per_step,
+        long_from=plan.long_from, long_share=plan.long_share, drills=plan.resume is None,
+    )  # fmt: skip
     optimizers = _optimizers(model, plan)
     began, seen, running = time.monotonic(), 0, 0.0
     for step in range(plan.steps):
@@ -117,7 +129,11 @@ def train(to: Path, plan: Plan) -> None:
             print(f"{progress:4.0%}  step {step + 1}  loss {running / REPORT:.4f}  {speed:,.0f} tokens/s", flush=True)
             running = 0.0
         if (step + 1) % SAVE == 0:
-            print(f"      of {CHECKED} answers {_right(model, batches, plan.seed)} right", flush=True)
+            short, long = (
+                _right(model, batches, plan.seed, CHECKED),
+                _right(model, batches, plan.seed, CHECKED_LONG, 500),
+            )
+            print(f"      right: {short} of {CHECKED} answers, {long} of {CHECKED_LONG} to long prompts", flush=True)
             _save(to, model, raw)
     print(f"{step + 1} steps, {seen:,} tokens, {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
     _save(to, model, raw)
@@ -168,11 +184,11 @@ def _answers(model: LlamaForCausalLM, inputs: torch.Tensor, labels: torch.Tensor
 
 
 @torch.no_grad()
-def _right(model: LlamaForCausalLM, batches: Batches, seed: int) -> int:
-    """How many of `CHECKED` dialogues would be answered word for word."""
+def _right(model: LlamaForCausalLM, batches: Batches, seed: int, count: int, long: int = 0) -> int:
+    """How many of `count` dialogues would be answered word for word."""
     generator, right = Generator(seed + 1), 0
-    for _ in range(CHECKED):
-        tokens, answers = batches.one(generator.dialogue())
+    for _ in range(count):
+        tokens, answers = batches.one(generator.dialogue("status" if long else None, long=long))
         inputs = torch.tensor([tokens])
         labels = torch.tensor([[t if a else IGNORED for t, a in zip(tokens, answers, strict=True)]])
         logits, wanted = _answers(model, inputs, labels)
@@ -203,10 +219,20 @@ def main() -> None:
         "--tokens-per-step", type=int, default=plan.tokens_per_step, help="batch size in tokens (%(default)s)"
     )
     parser.add_argument("--rate", type=float, default=plan.matrix_rate, help="peak learning rate (%(default)s)")
+    parser.add_argument(
+        "--long-from", type=float, default=plan.long_from, help="share of the steps before long prompts (%(default)s)"
+    )
+    parser.add_argument(
+        "--long-share", type=float, default=plan.long_share, help="share of the batches with long prompts (%(default)s)"
+    )
+    parser.add_argument("--resume", type=Path, help="go on from this folder; give another --seed, for new data")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    made = Plan(args.seed, args.steps, args.tokens_per_step, args.minutes, args.rate, args.rate)
+    made = Plan(
+        args.seed, args.steps, args.tokens_per_step, args.minutes, args.rate, args.rate,
+        args.long_from, args.long_share, args.resume,
+    )  # fmt: skip
     train(args.to, made)
 
 

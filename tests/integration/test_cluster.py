@@ -81,7 +81,7 @@ def test_a_job_survives_a_killed_worker_and_a_savepoint(cluster, broker, topics,
 def test_a_job_that_cannot_be_built_is_refused_with_its_error(cluster, tmp_path):
     job_file = tmp_path / "broken.py"
     job_file.write_text("raise SystemExit('no such topic list')\n")
-    with pytest.raises(LocalError, match=r"broken\.py was not submitted: no such topic list"):
+    with pytest.raises(LocalError, match=r"the job was not submitted: no such topic list"):
         cluster.submit(job_file)
 
 
