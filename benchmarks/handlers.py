@@ -73,3 +73,16 @@ class Echo(AsyncUdf):
     async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
         reply = await self._model.chat(request.messages)
         return {"request_id": request.request_id, "text": reply.text}
+
+
+class Grounded(AsyncUdf):
+    """Reads a customer, then generates: both of a job's parts are needed for each reply."""
+
+    async def open(self, ctx: Context) -> None:
+        self._model = ctx.model("scripted")
+        self._customers = ctx.features("customer_profile")
+
+    async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
+        customer = await self._customers.get(user_id="user-1")
+        reply = await self._model.chat(request.messages, features=customer)
+        return {"request_id": request.request_id, "found": customer.found, "text": reply.text}

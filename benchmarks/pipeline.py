@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from flink_llm.call import OperatorSettings
 from flink_llm.engine.settings import HostSettings
+from flink_llm.feature_settings import FeatureSettings
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.kafka_settings import KafkaSettings
 from flink_llm.local import processes
@@ -28,6 +29,7 @@ from flink_llm.services import ServiceSettings
 from flink_llm.testing import Script
 
 START_S = 120.0
+METRICS_S = 30.0
 WORKER = "pyflink.fn_execution.beam.beam_boot"
 
 
@@ -41,6 +43,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     script: Script = Script()
     flink: FlinkSettings = FlinkSettings()
     operator: OperatorSettings = OperatorSettings()
+    features: FeatureSettings | None = None
 
     @property
     def gauge(self) -> str:
@@ -64,7 +67,7 @@ def job(settings: Settings) -> None:
     tables = environment.tables(env)
     servers = KafkaSettings(bootstrap_servers=settings.bootstrap_servers, group=Path(settings.folder).name)
     requests = kafka.source(tables, servers, [settings.topics["requests"]], uid="requests")
-    services = ServiceSettings(models={"scripted": "scripted"}, host=host)
+    services = ServiceSettings(models={"scripted": "scripted"}, host=host, features=settings.features)
     out = apply(requests, udf, key="session_id", uid="bench", settings=settings.operator, services=services)
     delivery = settings.flink.delivery
     kafka.sink(tables, out.results, servers, [settings.topics["responses"]], uid="responses", delivery=delivery)
@@ -115,10 +118,13 @@ class Pipeline:
                 continue
         return found
 
-    def kill_worker(self) -> int:
-        """kill -9 of every Python worker; how many calls were in flight just before."""
+    def kill_worker(self, at_least: int = 1) -> int:
+        """kill -9 of every Python worker, once `at_least` calls are in flight; how many were, 0 for no blow."""
+        workers = self.workers()  # looked up before the count is read: a burst may end meanwhile
         in_flight = self.in_flight()
-        for process in self.workers():
+        if not workers or in_flight < at_least:
+            return 0
+        for process in workers:
             os.kill(process.pid, signal.SIGKILL)
         return in_flight
 
@@ -135,6 +141,17 @@ def rest(port: int, path: str) -> Any:
     address = f"http://127.0.0.1:{port}/jobs"
     identifier = json.load(urllib.request.urlopen(address))["jobs"][0]["id"]
     return json.load(urllib.request.urlopen(f"{address}/{identifier}{path}"))
+
+
+def restarts(port: int) -> int:
+    """How often Flink has restarted the one job there is. Its metrics are fetched at first asking: some seconds."""
+    deadline = time.monotonic() + METRICS_S
+    while time.monotonic() < deadline:
+        found = rest(port, "/metrics?get=numRestarts")
+        if found:
+            return int(float(found[0]["value"]))
+        time.sleep(0.5)
+    raise RuntimeError(f"Flink gave no numRestarts within {METRICS_S:.0f} s")
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -110,7 +110,7 @@ def _run(broker: Broker, job: processes.Started, log: Path, rest: int, count: in
     failures: Counter[str] = Counter()
     for topic, value in _outcomes(consumer, job, log, 2 * count):
         (responses if topic == "chat.responses" else failures)[value.get("code") or value["request_id"]] += 1
-    restarts = int(pipeline.rest(rest, "/metrics?get=numRestarts")[0]["value"])
+    restarts = pipeline.restarts(rest)
     consumer.close()
     producer.close()
     return {

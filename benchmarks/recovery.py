@@ -25,6 +25,8 @@ from flink_llm.testing import Script
 RATE = 400
 KEYS = 1000
 DRAIN_S = 120.0
+IN_FLIGHT = 100
+"""A blow waits until so many calls are in flight."""
 
 
 def measure(bootstrap_servers: str, folder: Path, count: int, kills: int, rate: int = RATE) -> dict[str, Any]:
@@ -53,9 +55,9 @@ def measure(bootstrap_servers: str, folder: Path, count: int, kills: int, rate: 
             for records in consumer.poll(timeout_ms=100).values():
                 seen += [(record.topic, json.loads(record.value)) for record in records]
                 last = time.monotonic()
-            if blows and time.monotonic() > blows[0] and running.in_flight() >= 100 and running.workers():
+            if blows and time.monotonic() > blows[0] and (found := running.kill_worker(IN_FLIGHT)):
                 blows.pop(0)
-                in_flight.append(running.kill_worker())
+                in_flight.append(found)
         time.sleep(3)  # a duplicate may come late
         for records in consumer.poll(timeout_ms=1000, max_records=100_000).values():
             seen += [(record.topic, json.loads(record.value)) for record in records]
