@@ -64,6 +64,8 @@ class Arrival(Struct, frozen=True, kw_only=True):
         elif isinstance(self.element, (bytes, str)) and as_type not in (Any, str, bytes):
             data = self.element.encode() if isinstance(self.element, str) else self.element
             request = codec.decode(data, as_type)
+        elif self.element is None and self.key is None:  # what it was could not even be carried here
+            raise RecordError("invalid", self.key_error or "the record is empty")
         else:
             request = codec.convert(self.element, as_type)
         if self.key is None:
@@ -80,11 +82,17 @@ class Arrival(Struct, frozen=True, kw_only=True):
         """The headers as text for a failure record: 16 of them at most, 256 characters each."""
         items = list(self.headers.items())[:_HEADER_LIMIT]
         return {
-            name[:_HEADER_VALUE_LIMIT]: (value or b"")[: 4 * _HEADER_VALUE_LIMIT].decode("utf-8", "replace")[
-                :_HEADER_VALUE_LIMIT
-            ]
+            codec.printable(name, _HEADER_VALUE_LIMIT): codec.printable(
+                (value or b"")[: 4 * _HEADER_VALUE_LIMIT].decode("utf-8", "replace"), _HEADER_VALUE_LIMIT
+            )
             for name, value in items
         }
+
+    @property
+    def envelope_bytes(self) -> int:
+        """What key and headers add to the size of every outcome."""
+        headers = sum(len(name) + len(value or b"") for name, value in self.headers.items())
+        return headers + len((self.key or "").encode("utf-8", "replace"))
 
     @property
     def place(self) -> str:
@@ -136,6 +144,8 @@ class Keyer:
 
     def arrive(self, arrival: Arrival) -> tuple[str, Arrival]:
         """What to shard by, and the arrival with its key, or with the reason why it has none."""
+        if arrival.key_error is not None:
+            return arrival.place, arrival
         try:
             key = _canonical(self._read(arrival))
         except Exception as error:  # the user's key function may raise anything: it is the record's fault
@@ -155,4 +165,6 @@ class Keyer:
 def _canonical(key: Any) -> str:
     if isinstance(key, bool) or not isinstance(key, (str, int, bytes)):
         raise TypeError(f"a key is a string, an integer or bytes, not {type(key).__name__}")
+    if isinstance(key, str):
+        key = key.encode("utf-8", "surrogatepass")
     return key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else str(key)

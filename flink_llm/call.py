@@ -2,11 +2,11 @@
 
 import asyncio
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 from msgspec import Struct
 
 from flink_llm import codec
@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 
 UNSENT_PARTIALS_LIMIT = 1000
 """How many partials of one call may wait for their emission before `ctx.emit` waits."""
+FLOW_S = 0.005
+"""How often a waiting `ctx.emit` looks again: partials leave with the operator's timer, which is as fast."""
+
+DEADLINE_HEADER = "deadline-ms"
+"""An absolute deadline. It is this record's alone: no outcome carries it on."""
 
 DIGEST_BYTES = 16
+DEFAULT_PRIORITY = 5
+EMPTY_STATE = codec.pack({})
 
 
 class OperatorSettings(Struct, frozen=True, kw_only=True):
@@ -27,7 +34,7 @@ class OperatorSettings(Struct, frozen=True, kw_only=True):
 
     `capacity`: places per subtask. `deadline`: seconds from arrival, None for none. `remember_s`: how
     long a result answers repeats of its request id, 0 for not at all. `reply_topics`: where `reply_to`
-    may point. `max_result_bytes`: the largest value a result topic takes.
+    may point. `max_result_bytes`: the largest record, key and headers included, that goes out.
     """
 
     job: str = "flink-llm"
@@ -51,6 +58,10 @@ class Result(Struct, frozen=True):
     topic: str | None
     state: bytes | None = None
 
+    def again(self) -> "Result":
+        """The same answer for a repeat, which changes no state."""
+        return Result(self.value, self.topic)
+
 
 class Failed(Struct, frozen=True):
     """Why a call has no result; `code` is one of `errors.CODES`."""
@@ -73,13 +84,15 @@ class Call:
     """
 
     __slots__ = (
-        "arrival", "attempt", "clock", "committed_state", "ended", "expires_at", "flow", "identity",
-        "info", "key", "new_state", "outcome", "payload_hash", "repeats", "reply_to", "request",
-        "request_id", "sequence", "shard", "started_at", "task", "timestamp", "unsent",
+        "arrival", "arrived_ms", "attempt", "clock", "committed_state", "emitted", "ended", "expires_at",
+        "identity", "info", "key", "outcome", "payload_hash", "priority", "repeats", "reply_to",
+        "request", "request_id", "restored", "sent", "sequence", "shard", "task", "timestamp",
     )  # fmt: skip
 
-    def __init__(self, shard: "Shard", sequence: int, arrival: Arrival, request: Any) -> None:
+    def __init__(self, shard: "Shard", sequence: int, arrival: Arrival, request: Any, arrived_ms: int) -> None:
         self.shard = shard
+        self.arrived_ms = arrived_ms
+        self.restored = False
         self.sequence = sequence
         self.arrival = arrival
         self.request = request
@@ -87,22 +100,22 @@ class Call:
         self.timestamp = arrival.timestamp
         self.request_id = _request_id(request)
         self.reply_to: str | None = _field(request, "reply_to", str)
+        priority = _field(request, "priority", int)
+        self.priority: int = DEFAULT_PRIORITY if priority is None else max(0, min(priority, 9))
         self.payload_hash = hashlib.sha256(arrival.payload()).digest()
         self.identity: tuple[int, bytes] | None = None
         if self.request_id is not None:
             self.identity = (shard.number, digest_of(self.key, self.request_id))
         self.attempt = 0
-        self.unsent = 0
+        self.emitted = 0  # counted by the loop thread alone, `sent` by Flink's alone
+        self.sent = 0
         self.ended = False
-        self.started_at = 0.0
         self.expires_at: float | None = None
         self.clock: Callable[[], float] = lambda: 0.0
         self.committed_state: bytes | None = None
-        self.new_state: bytes | None = None
         self.outcome: Outcome | None = None
         self.repeats: list[Call] = []
         self.task: asyncio.Task[None] | None = None
-        self.flow: asyncio.Event | None = None
         self.info: Any = None
 
     @property
@@ -118,35 +131,52 @@ class Call:
         """See `CallContext.emit`."""
         if self.ended:
             raise RuntimeError("ctx.emit after the call has ended")
-        try:
-            value = partial if isinstance(partial, bytes) else codec.encode(partial)
-        except (TypeError, msgspec.EncodeError) as error:
-            raise RecordError("bad_result", f"a partial cannot be encoded: {error}") from error
-        self.unsent += 1
+        value = self.encoded(partial, "a partial")
+        self.emitted += 1
         self.shard.events.append((self, value))
-        if self.unsent > UNSENT_PARTIALS_LIMIT:
-            self.flow = asyncio.Event()
-            self.shard.runner.stalled(+1)
-            try:
-                await self.flow.wait()
-            finally:
-                self.shard.runner.stalled(-1)
-                self.flow = None
+        if self.emitted - self.sent <= UNSENT_PARTIALS_LIMIT:
+            return
+        self.shard.runner.places.lend(+1)
+        try:
+            while self.emitted - self.sent > UNSENT_PARTIALS_LIMIT:  # noqa: ASYNC110 — another thread counts
+                await asyncio.sleep(FLOW_S)
+        finally:
+            self.shard.runner.places.lend(-1)
 
-    def wanted_deadline(self, default: float | None, now_ms: float) -> float | None:
-        """Seconds this record may take: its own field, else the job's; a header holds an absolute one.
+    def encoded(self, value: Any, what: str) -> bytes:
+        """`value` as its topic takes it. Raises RecordError: `bad_result`, `result_too_large`."""
+        try:
+            data = value if isinstance(value, bytes) else codec.encode(value)
+        except TypeError as error:
+            raise RecordError("bad_result", f"{what} cannot be encoded: {error}") from error
+        size, limit = len(data) + self.arrival.envelope_bytes, self.shard.runner.settings.max_result_bytes
+        if size > limit:
+            raise RecordError(
+                "result_too_large", f"{what} has {size} bytes with its key and headers, its topic takes {limit}"
+            )
+        return data
 
-        The header is `deadline-ms`, epoch milliseconds as decimal digits; an unreadable one is
-        `invalid`. Raises RecordError.
+    def time_left(self, default: float | None, now_ms: float, *, excused: bool) -> float | None:
+        """Seconds this record may still take: its own field, else the job's, from its arrival.
+
+        What has passed since its arrival is left out if it is `excused`. The header `deadline-ms` (epoch
+        milliseconds, decimal digits) holds an absolute deadline, and goes before both. Raises RecordError
+        `invalid` for an unreadable one.
         """
         own = _field(self.request, "deadline", (int, float))
-        header = self.headers.get("deadline-ms")
-        if header is None:
-            return own if own is not None else default
+        header = self.headers.get(DEADLINE_HEADER)
         try:
-            return max(0.0, (float(header) - now_ms) / 1000)
-        except ValueError as error:
-            raise RecordError("invalid", "the header deadline-ms is not a number of milliseconds") from error
+            if header is None:
+                limit = default if own is None else float(own)
+                if limit is not None and not excused:
+                    limit -= max(0.0, (now_ms - self.arrived_ms) / 1000)
+            else:
+                limit = (float(header) - now_ms) / 1000
+        except (ValueError, OverflowError) as error:
+            raise RecordError("invalid", "the deadline is not a number") from error
+        if limit is not None and not math.isfinite(limit):
+            raise RecordError("invalid", "the deadline is not a finite number")
+        return None if limit is None else max(0.0, limit)
 
 
 class Lane:

@@ -49,15 +49,25 @@ def convert(value: Any, as_type: Any) -> Any:
         return msgspec.convert(value, as_type)
     except msgspec.ValidationError as error:
         raise RecordError("invalid", str(error)) from error
+    except Exception as error:  # a type's own __post_init__ may raise anything: it is the record's fault
+        raise RecordError("invalid", f"{type(error).__name__}: {error}") from error
 
 
 def encode(value: Any) -> bytes:
     """`value` as JSON. Raises TypeError for what JSON cannot hold."""
-    if isinstance(value, Record):
-        fields = msgspec.structs.asdict(value)
-        unknown = fields.pop("unknown_fields")
-        return _to_json.encode({**unknown, **fields})
-    return _to_json.encode(value)
+    try:
+        if isinstance(value, Record):
+            fields = msgspec.structs.asdict(value)
+            unknown = fields.pop("unknown_fields")
+            return _to_json.encode({**unknown, **fields})
+        return _to_json.encode(value)
+    except (ValueError, OverflowError, RecursionError, msgspec.EncodeError) as error:  # half a character, 2**64, ...
+        raise TypeError(str(error)) from error
+
+
+def printable(text: object, limit: int) -> str:
+    """`text` cut to `limit` characters, half characters escaped: fit for JSON whatever it was."""
+    return str(text)[:limit].encode("utf-8", "backslashreplace").decode()
 
 
 @lru_cache(maxsize=256)
@@ -73,9 +83,12 @@ def register(name: str, record_type: type[T]) -> type[T]:
     """Lets `record_type` (a msgspec.Struct) stand in state under `name`.
 
     The name, not the class's module, is what a savepoint holds: keep it when the class moves. A field
-    added with a default, or removed, restores from older bytes. Raises ValueError if the name is
-    another type's.
+    added with a default, or removed, restores from older bytes; fields are kept by their Python names.
+    Raises ValueError if the name is another type's, or if the type is `array_like`: its fields have no
+    names that could come and go.
     """
+    if record_type.__struct_config__.array_like:  # type: ignore[attr-defined]
+        raise ValueError(f"{record_type.__qualname__} is array_like, which state cannot hold")
     if _registered.setdefault(name, record_type) is not record_type:
         raise ValueError(f"the state name {name!r} belongs to {_registered[name].__qualname__}")
     _names[record_type] = name
@@ -116,16 +129,19 @@ def _unpack_ext(code: int, data: memoryview) -> Any:
     record_type = _registered.get(name)
     if record_type is None:
         raise StateError(f"state holds a record {name!r} that is not registered with codec.register")
-    known = {field.name for field in msgspec.structs.fields(record_type)}
+    known = {field.name: field.encode_name for field in msgspec.structs.fields(record_type)}
     try:
-        return msgspec.convert({k: v for k, v in fields.items() if k in known}, record_type)
-    except msgspec.ValidationError as error:
+        return msgspec.convert({known[k]: v for k, v in fields.items() if k in known}, record_type)
+    except Exception as error:  # validation, or whatever the type's own __post_init__ raises
         raise StateError(f"state holds a {name!r} that no longer fits its type: {error}") from error
 
 
 def pack(value: Any) -> bytes:
     """State bytes of `value`. Raises TypeError for anything but JSON types, bytes, registered records."""
-    return bytes([STATE_VERSION]) + msgspec.msgpack.encode(_lower(value))
+    try:
+        return bytes([STATE_VERSION]) + msgspec.msgpack.encode(_lower(value))
+    except (ValueError, OverflowError, RecursionError, msgspec.EncodeError) as error:
+        raise TypeError(f"this cannot be kept in state: {error}") from error
 
 
 def unpack(data: bytes) -> Any:

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Protocol
 
+import msgspec
+
 from flink_llm.errors import ConfigError, RecordError
 
 if typing.TYPE_CHECKING:
@@ -75,8 +77,8 @@ class CallContext(Context):
     """What `call` is given, besides all that `open` had.
 
     `key` and `request_id` are the record's (`request_id` is None where it has none), `headers` its
-    Kafka headers, `timestamp` its epoch milliseconds or None, `attempt` 0 at first and one more after
-    each outage.
+    Kafka headers, `timestamp` its epoch milliseconds or None, `attempt` 0 at first and one more each
+    time it is tried again.
     """
 
     def __init__(self, parent: Context, call: "CallPort", *, state: dict[str, Any] | None) -> None:
@@ -94,7 +96,8 @@ class CallContext(Context):
         """This key's state: a copy to read and change, stored together with the result.
 
         Values are JSON types, bytes, and records registered with `codec.register`. A call that fails
-        changes nothing. Raises ConfigError unless the handler says `stateful = True`.
+        changes nothing; an empty state is none, and takes no room. Raises ConfigError unless the handler
+        says `stateful = True`.
         """
         if self._state is None:
             raise ConfigError("ctx.state needs `stateful = True` on the handler")
@@ -131,10 +134,10 @@ class AsyncUdf:
     """Base of handlers.
 
     `stateful`: calls of one key run one after another and `ctx.state` is theirs; without it they run
-    side by side. `on_deadline`: "partial" lets a call whose generation the deadline cuts short finish
-    with what there is (`finish_reason` "deadline"); "failure" cancels it. The type of the first
-    argument of `call` is what records are decoded to; the return annotation, when it is a class, is
-    checked.
+    side by side. `on_deadline`: "partial" lets a call whose generation the deadline cuts short, once it
+    has said something, finish with what there is (`finish_reason` "deadline"); "failure" cancels it. The type
+    of the first argument of `call` is what records are decoded to; the return annotation, when it is a
+    class, is checked.
     """
 
     stateful: ClassVar[bool] = False
@@ -168,8 +171,12 @@ def signature_of(udf: AsyncUdf) -> tuple[Any, type | None]:
         hints = typing.get_type_hints(call)
     except NameError as error:
         raise ConfigError(f"the annotations of {name}.call cannot be read: {error}") from error
-    returns = hints.get("return")
-    return hints.get(parameters[1].name, Any), returns if isinstance(returns, type) else None
+    takes, returns = hints.get(parameters[1].name, Any), hints.get("return")
+    try:
+        msgspec.json.Decoder(takes)
+    except TypeError as error:
+        raise ConfigError(f"{name}.call takes {takes}, which no record can be decoded to: {error}") from error
+    return takes, returns if isinstance(returns, type) else None
 
 
 def check_result(result: Any, returns: type | None, handler: str) -> None:

@@ -2,9 +2,9 @@
 
 The main thread (Flink's) submits calls and later takes their events from the shard; everything
 between happens on the loop thread. Both meet in two places only: the inbox, which the loop works off
-in order, and the count of free places. A place is free when its call's outcome *could* be emitted,
+in order, and the places. A place is free when its call's outcome *could* be emitted,
 never on emission itself: a subtask full of finished calls of another shard would otherwise wait for
-itself.
+itself. What the loop thread cannot go on from is raised on the main thread, where Flink hears of it.
 """
 
 import asyncio
@@ -17,23 +17,21 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from flink_llm import codec
 from flink_llm.arrivals import EventTimes
-from flink_llm.call import Call, Failed, Lane, OperatorSettings, Outcome, Result
+from flink_llm.call import EMPTY_STATE, Call, Failed, Lane, OperatorSettings, Outcome, Result
+from flink_llm.clock import RecordClock
 from flink_llm.engine.generation import CallInfo, current_call
-from flink_llm.errors import DeadlineExceeded, FlinkLlmError, Outage, Overloaded, RecordError
+from flink_llm.errors import DeadlineExceeded, FlinkLlmError, Outage, Overloaded, RecordError, StateError
 from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services, check_result, signature_of
+from flink_llm.places import Places
 
 log = logging.getLogger(__name__)
 
 BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 5.0
 TICK_S = 0.01
 GRACE_S = 1.0
-PATIENCE_S = 1.0
 CLOSE_S = 10.0
-_EMPTY_STATE = codec.pack({})
 _INFRASTRUCTURE = (Outage, ConnectionError, MemoryError)
 
 
@@ -57,22 +55,20 @@ class Runner:
         self.stateful = udf.stateful
         self.metrics = Metrics()
         self.event_times = EventTimes()
+        self.places = Places(settings.capacity, clock)
+        self.clock = RecordClock(lambda: services.outage_since, stops=settings.on_outage == "wait", clock=clock)
         self._udf = udf
         self._services = services
-        self._clock = clock
         self._context = Context(services, self.metrics, logging.getLogger(f"flink_llm.handler.{self.name}"))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name=f"flink-llm {self.name}", daemon=True)
         self._inbox: deque[Call | Callable[[], None]] = deque()
         self._woken = False
-        self._places = threading.Condition()
-        self._free = settings.capacity
-        self._stalled = 0
+        self._fatal: FlinkLlmError | None = None
+        self._answered_at = -1.0
         self._alive: dict[tuple[int, bytes], Call] = {}
         self._lanes: dict[tuple[int, str], Lane] = {}
         self._timed: set[Call] = set()
-        self._out_total = 0.0
-        self._last_tick = clock()
         self._closing = False
 
     # The main thread's side.
@@ -83,37 +79,22 @@ class Runner:
         opened = asyncio.run_coroutine_threadsafe(self._open(), self._loop)
         try:
             opened.result()
-        except Exception as error:
+        except BaseException:
             self.close()
-            if isinstance(error, FlinkLlmError):
-                raise
-            raise FlinkLlmError(f"{self.name}.open failed: {type(error).__name__}: {error}") from error
+            raise
 
     def submit(self, call: Call, *, wait: bool = True) -> None:
-        """Takes a place, waiting for one if asked to, and starts the call.
-
-        The wait ends after `PATIENCE_S` even without a place, and at once while a call waits for its
-        partials to be emitted: the caller holds Flink's mailbox, and timers, checkpoints and those
-        partials pass only when it lets go. Such a call is over capacity for a while.
-        """
-        with self._places:
-            if wait:
-                self._places.wait_for(lambda: self._free > 0 or self._stalled > 0, PATIENCE_S)
-            self._free -= 1
+        """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does."""
+        self.check()
+        self.places.take(wait=wait)
         self._post(call)
 
-    def stalled(self, change: int) -> None:
-        """Counts the calls that wait for their partials to be emitted."""
-        with self._places:
-            self._stalled += change
-            self._places.notify_all()
-
-    def sent(self, call: Call) -> None:
-        """A partial of `call` was emitted."""
-        call.unsent -= 1
-        flow = call.flow
-        if flow is not None and call.unsent == 0:
-            self._loop.call_soon_threadsafe(flow.set)
+    def check(self) -> None:
+        """Raises what the loop thread could not go on from."""
+        if self._fatal is not None:
+            raise self._fatal
+        if not self._thread.is_alive():
+            raise FlinkLlmError(f"the loop of {self.name} has ended")
 
     def committed(self, call: Call, *, last_of_key: bool) -> None:
         """The outcome of `call` is in Flink's hands: what was kept for its repeats can go."""
@@ -125,11 +106,6 @@ class Runner:
                 self._lanes.pop((call.shard.number, call.key), None)
 
         self._post(forget)
-
-    def wait_for_events(self, shard: Any, timeout: float) -> None:
-        """Waits until the shard has an event, or `timeout` seconds."""
-        with self._places:
-            self._places.wait_for(lambda: bool(shard.events), timeout)
 
     def close(self) -> None:
         """Cancels what runs, closes handler and services, ends the thread."""
@@ -150,24 +126,33 @@ class Runner:
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        while True:
+            try:
+                self._loop.run_forever()
+                break
+            except BaseException as error:  # SystemExit of a task that a handler left behind comes out here
+                log.error("a task of %s ended with %s; the others go on", self.name, type(error).__name__)
         self._loop.close()
 
     async def _open(self) -> None:
-        await self._udf.open(self._context)
+        try:
+            await self._udf.open(self._context)
+        except FlinkLlmError:
+            raise
+        except BaseException as error:
+            raise FlinkLlmError(f"{self.name}.open failed: {_told(error)}") from error
         await self._services.start()
         self._ticker = asyncio.create_task(self._tick())
 
     async def _close(self) -> None:
         self._closing = True
+        with contextlib.suppress(Exception):
+            await self._services.close()  # first: what is in flight is lost, not cancelled, and found again later
         running = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        try:
-            await self._udf.close()
-        finally:
-            await self._services.close()
+        await self._udf.close()
 
     def _work_off(self) -> None:
         self._woken = False  # before the inbox is read: whoever appends from here on wakes the loop again
@@ -179,15 +164,16 @@ class Runner:
                 item()
 
     def _start(self, call: Call) -> None:
-        call.clock = self.now
-        call.started_at = self.now()
+        call.clock = self.clock.now
+        # The clock stands still across a restore too; how much had been used up is written nowhere.
+        excused = call.restored and self.settings.on_outage == "wait"
         try:
-            limit = call.wanted_deadline(self.settings.deadline, time.time() * 1000)
+            limit = call.time_left(self.settings.deadline, time.time() * 1000, excused=excused)
         except RecordError as error:
             self._queue(call)
             return self._end(call, Failed(error.code, error.message))
         if limit is not None:
-            call.expires_at = call.started_at + limit
+            call.expires_at = self.clock.now() + limit
             self._timed.add(call)
         lane = self._queue(call)
         if call.outcome is not None:
@@ -211,7 +197,7 @@ class Runner:
         if first.payload_hash != call.payload_hash:
             self._end(call, conflict(call.request_id))
         elif first.ended and isinstance(first.outcome, Result):
-            self._end(call, first.outcome)
+            self._end(call, first.outcome.again())
         else:
             first.repeats.append(call)
 
@@ -224,33 +210,49 @@ class Runner:
         call.task = self._loop.create_task(self._run(call, lane))
 
     async def _run(self, call: Call, lane: Lane | None) -> None:
-        while not call.ended:
-            began = self.now()
+        while not call.ended and not self._closing:
+            began = self.clock.now()
             try:
                 self._end(call, await self._attempt(call, lane))
             except Overloaded as error:
                 self.metrics.add("overloaded")
-                await self._pause(call, "overloaded", str(error), error.retry_after)
+                await self._pause(call, "overloaded", error, error.retry_after)
+            except StateError as error:  # no record's fault: the job has to be told
+                self._fatal = self._fatal or error
+                return
             except _INFRASTRUCTURE as error:
                 self.metrics.add("outages")
                 if call.attempt == 0:
                     log.warning("%s: %s; the record waits and is tried again", self.name, error)
                 delay = random.uniform(0.5, 1) * min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(call.attempt, 10))
-                if self.settings.on_outage == "wait" and call.expires_at is not None:
-                    call.expires_at += self.now() - began + delay
-                await self._pause(call, "outage", str(error), delay)
+                await self._wait_out(call, error, began, delay)
 
-    async def _pause(self, call: Call, code: str, message: str, delay: float) -> None:
+    async def _wait_out(self, call: Call, error: Exception, began: float, delay: float) -> None:
+        """An outage since `began`: waits before another try, off the record's clock where that may stand still.
+
+        It stands still by itself while a part says that it is out. Where none does, the handler knows of a
+        part that we do not, or the record brings its part down: while others are answered, it is the latter.
+        """
+        excused = self.settings.on_outage == "wait" and call.expires_at is not None and self._answered_at < began
+        if excused:
+            self._timed.discard(call)
+            began = self.clock.now() if self._services.outage_since is not None else began
+        await self._pause(call, "outage", error, delay)
+        if excused and not call.ended:
+            call.expires_at = (call.expires_at or 0.0) + self.clock.now() - began
+            self._timed.add(call)
+
+    async def _pause(self, call: Call, code: str, error: Exception, delay: float) -> None:
         call.attempt += 1
         try:
             await asyncio.sleep(delay)
         except asyncio.CancelledError:
             if self._closing:
                 raise
-            self._end(call, Failed(code, f"{message} (until the deadline)"[:500]))
+            self._end(call, Failed(code, f"{error} (until the deadline)"[:500]))
 
     async def _attempt(self, call: Call, lane: Lane | None) -> Outcome:
-        state = codec.unpack(lane.state or _EMPTY_STATE) if self.stateful and lane is not None else None
+        state = codec.unpack(lane.state or EMPTY_STATE) if self.stateful and lane is not None else None
         call.info = CallInfo(
             job=self.settings.job,
             operator=self.settings.operator,
@@ -258,7 +260,7 @@ class Runner:
             request_id=call.request_id or call.arrival.place,
             session_id=call.key,
             remaining=call.remaining,
-            priority=getattr(call.request, "priority", 5),
+            priority=call.priority,
         )
         current_call.set(call.info)
         try:
@@ -267,39 +269,32 @@ class Runner:
         except (Overloaded, *_INFRASTRUCTURE):
             raise
         except RecordError as error:
-            return Failed(error.code, error.message[:2000], self._generation(call))
+            return Failed(str(error.code), str(error.message), self._generation(call))
         except asyncio.CancelledError:
             if self._closing:
                 raise
-            late = call.expires_at is not None and self.now() >= call.expires_at
-            ended = DeadlineExceeded() if late else RecordError("handler_error", "the call cancelled itself")
+            late = call.expires_at is not None and self.clock.now() >= call.expires_at
+            ended = self._late() if late else Failed("handler_error", "the call cancelled itself")
             return Failed(ended.code, ended.message, self._generation(call))
         except BaseException as error:  # whatever a handler raises is its record's, SystemExit included
+            if self._closing:
+                raise
             log.warning("%s failed on %s", self.name, call.arrival.place, exc_info=error)
-            text = f"{type(error).__name__}: {error}"[:2000]
-            return Failed("handler_error", text, self._generation(call))
+            return Failed("handler_error", _told(error), self._generation(call))
         finally:
             for generation in list(call.info.open_generations):
                 generation.close()
 
     def _result(self, call: Call, result: Any, state: dict[str, Any] | None, lane: Lane | None) -> Result:
         check_result(result, self._returns, self.name)
-        try:
-            value = result if isinstance(result, bytes) else codec.encode(result)
-        except (TypeError, msgspec.EncodeError) as error:
-            raise RecordError("bad_result", f"the result cannot be encoded: {error}") from error
-        if len(value) > self.settings.max_result_bytes:
-            raise RecordError(
-                "result_too_large",
-                f"the result has {len(value)} bytes, its topic takes {self.settings.max_result_bytes}",
-            )
+        value = call.encoded(result, "the result")
         new_state = None
         if state is not None and lane is not None:
             try:
                 packed = codec.pack(state)
-            except (TypeError, RecursionError, OverflowError) as error:
+            except TypeError as error:
                 raise RecordError("bad_state", str(error)) from error
-            new_state = packed if packed != (lane.state or _EMPTY_STATE) else None
+            new_state = packed if packed != (lane.state or EMPTY_STATE) else None
         return Result(value, call.reply_to, new_state)
 
     @staticmethod
@@ -312,6 +307,8 @@ class Runner:
             return
         call.ended = True
         call.outcome = outcome
+        if isinstance(outcome, Result):
+            self._answered_at = self.clock.now()
         self._timed.discard(call)
         lane = self._lanes.get((call.shard.number, call.key))
         if lane is None:
@@ -321,7 +318,7 @@ class Runner:
         repeats, call.repeats = call.repeats, []
         if isinstance(outcome, Result):
             for repeat in repeats:
-                self._end(repeat, Result(outcome.value, outcome.topic))
+                self._end(repeat, outcome.again())
             return
         if call.identity is not None and self._alive.get(call.identity) is call:
             del self._alive[call.identity]  # a failure is not remembered: the next repeat runs in its place
@@ -356,46 +353,51 @@ class Runner:
     def _hand_over(self, calls: list[Call]) -> None:
         for call in calls:
             call.shard.events.append((call, None))
-        with self._places:
-            self._free += len(calls)
-            self._places.notify_all()
+        self.places.give(len(calls))
 
     # Clocks.
-
-    def now(self) -> float:
-        """Seconds on the records' clock, which stands still while a part is out (`on_outage: wait`)."""
-        total = self._clock() - self._out_total
-        since = self._services.outage_since
-        if since is not None and self.settings.on_outage == "wait":
-            total -= max(0.0, self._clock() - max(since, self._last_tick))
-        return total
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            now = self._clock()
-            since = self._services.outage_since
-            if since is not None and self.settings.on_outage == "wait":
-                self._out_total += max(0.0, now - max(since, self._last_tick))
-            self._last_tick = now
-            if self._timed:
-                self._expire(self.now())
+            self.clock.tick()
+            try:
+                self._expire(self.clock.now())
+            except Exception:  # every deadline hangs on this task
+                log.exception("the deadlines of %s could not be looked after", self.name)
+
+    def _late(self) -> Failed:
+        """What a record has become whose deadline has passed: while a part is out, that is why."""
+        if self._services.outage_since is not None:
+            return Failed("outage", "a part was out until the deadline")
+        return Failed("deadline", DeadlineExceeded().message)
 
     def _expire(self, now: float) -> None:
         for call in [call for call in self._timed if call.expires_at is not None and call.expires_at <= now]:
-            generations = call.info.open_generations if call.info is not None else ()
+            generations = [one for one in call.info.open_generations if one.text] if call.info is not None else []
             if call.task is None:
                 self._end(call, Failed("deadline", "the deadline passed while the record waited for its turn"))
+            elif call.info is None:  # not begun: cancelling it would leave nobody to end it
+                call.task.cancel()
+                self._end(call, self._late())
             elif now >= (call.expires_at or 0) + GRACE_S:
                 self.metrics.add("abandoned")
                 log.warning("%s did not end %s s after its deadline; its call is abandoned", self.name, GRACE_S)
                 call.task.cancel()
-                self._end(call, Failed("deadline", "the deadline has passed", self._generation(call)))
+                self._end(call, Failed("deadline", DeadlineExceeded().message, self._generation(call)))
             elif generations and self._udf.on_deadline == "partial":
-                for generation in list(generations):
+                for generation in generations:
                     generation.expire()
             elif call.task.cancelling() == 0:
                 call.task.cancel()
+
+
+def _told(error: BaseException) -> str:
+    """Class and message of whatever a handler has raised, even where its `__str__` raises."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def conflict(request_id: str | None) -> Failed:

@@ -4,8 +4,8 @@ Everything here runs on Flink's thread, for the key that Flink has set. A record
 its arrival until the very call in which its outcome is emitted, so a checkpoint holds either the
 record or the outcome, never both and never neither. State is bytes of `flink_llm.codec` only:
 
-    meta       version, shards, maximum parallelism, operator: refused when they do not fit
-    inflight   sequence → arrival
+    meta       shards, maximum parallelism: refused when they are not the job's
+    inflight   sequence → epoch ms of its arrival, arrival
     ids        digest of (key, request id) → expiry in epoch ms, hash of the payload
     answers    the same digest → value and topic of its result
     states     key → the key's `ctx.state`
@@ -19,16 +19,20 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+import msgspec
 from msgspec import Struct
 
 from flink_llm import codec
 from flink_llm.arrivals import Arrival
-from flink_llm.call import Call, Failed, Outcome, Result
+from flink_llm.call import DEADLINE_HEADER, EMPTY_STATE, Call, Failed, Outcome, Result
 from flink_llm.errors import RecordError, StateError
 from flink_llm.records import Failure
 from flink_llm.runner import Runner, conflict
 
-CACHED_STATES = 20_000
+CACHED_BYTES = 16 * 1024 * 1024
+"""Of the states of a shard's keys, how much is kept in memory as well."""
+KEY_LIMIT, MESSAGE_LIMIT = 1024, 2000
+"""Characters of a key or id, and of a message, in a failure record."""
 PURGE_PER_DRAIN = 50
 
 
@@ -89,6 +93,7 @@ class Shard:
         self._expiries: deque[tuple[int, bytes]] = deque()
         self._known_states: set[str] = set()
         self._states: OrderedDict[str, bytes] = OrderedDict()
+        self._states_bytes = 0
         self._next = 0
         self._check_meta()
         self._restore()
@@ -100,17 +105,18 @@ class Shard:
 
     def receive(self, data: bytes) -> Iterator[Output]:
         """Takes one arrival in. Waits for a place; gives what needs no call at once."""
-        yield from self._admit(self._next, data, restored=False)
+        yield from self._admit(self._next, data, _now_ms())
 
     def drain(self) -> Iterator[Output]:
         """Gives all that is ready: partials, and outcomes together with their changes of state."""
+        self.runner.check()
         events = self.events
-        while events:
+        for _ in range(len(events)):  # no more than there are now: handlers go on streaming meanwhile
             call, partial = events.popleft()
             if partial is None:
                 yield from self._commit(call)
             else:
-                self.runner.sent(call)
+                call.sent += 1
                 if call.sequence in self._open:
                     yield self._output("partial", call.arrival, partial, None)
         self._purge()
@@ -119,22 +125,22 @@ class Shard:
         """The end of bounded input: waits until nothing is in flight."""
         yield from self.drain()
         while self._open:
-            self.runner.wait_for_events(self, 0.1)
+            self.runner.places.wait_until(lambda: bool(self.events), 0.1)
             yield from self.drain()
 
     # Arrival.
 
-    def _admit(self, sequence: int, data: bytes, *, restored: bool) -> Iterator[Output]:
+    def _admit(self, sequence: int, data: bytes, arrived_ms: int, *, restored: bool = False) -> Iterator[Output]:
         self._next = max(self._next, sequence + 1)
         arrival = Arrival.from_bytes(data)
         try:
             request = arrival.request(self.runner.takes)
-            call = Call(self, sequence, arrival, request)
+            call = Call(self, sequence, arrival, request, arrived_ms)
             if call.reply_to is not None and call.reply_to not in self._settings.reply_topics:
                 raise RecordError("bad_reply_to", f"reply_to {call.reply_to!r} is not a configured topic")
         except RecordError as error:
-            call = Call(self, sequence, arrival, None)
-            call.outcome = Failed(error.code, error.message[:2000])
+            call = Call(self, sequence, arrival, None, arrived_ms)
+            call.outcome = Failed(error.code, error.message)
         else:
             call.outcome = self._remembered(call)
         if call.outcome is not None and not self._settings.ordered:
@@ -143,7 +149,8 @@ class Shard:
                 self._store.inflight.remove(sequence)
             return
         if not restored:
-            self._store.inflight.put(sequence, data)
+            self._store.inflight.put(sequence, codec.pack([arrived_ms, data]))
+        call.restored = restored
         self._open[sequence] = call
         self.runner.event_times.add(arrival.timestamp)
         if self.runner.stateful and not self._per_key.get(call.key):
@@ -170,18 +177,26 @@ class Shard:
     def _state_of(self, key: str) -> bytes | None:
         if key not in self._known_states:
             return None
-        state = self._states.get(key)
-        if state is None:
-            state = self._store.states.get(key)
-            if state is not None:
-                self._cache_state(key, state)
+        state = self._states.get(key) or self._store.states.get(key)
+        if state is not None:
+            self._cache_state(key, state)
         return state
 
+    def _set_state(self, key: str, state: bytes) -> None:
+        if state != EMPTY_STATE:
+            self._store.states.put(key, state)
+            self._known_states.add(key)
+            self._cache_state(key, state)
+        elif key in self._known_states:
+            self._store.states.remove(key)
+            self._known_states.discard(key)
+            self._states_bytes -= len(self._states.pop(key, b""))
+
     def _cache_state(self, key: str, state: bytes) -> None:
-        self._states[key] = state
-        self._states.move_to_end(key)
-        if len(self._states) > CACHED_STATES:
-            self._states.popitem(last=False)
+        self._states_bytes += len(state) - len(self._states.pop(key, b""))
+        self._states[key] = state  # the last one used is the last to go
+        while self._states_bytes > CACHED_BYTES:
+            self._states_bytes -= len(self._states.popitem(last=False)[1])
 
     # Outcome.
 
@@ -201,15 +216,13 @@ class Shard:
         outcome = call.outcome
         if isinstance(outcome, Result):
             if outcome.state is not None:
-                self._store.states.put(call.key, outcome.state)
-                self._known_states.add(call.key)
-                self._cache_state(call.key, outcome.state)
+                self._set_state(call.key, outcome.state)
             self._remember(call, outcome)
             self.runner.metrics.add("results")
             yield self._output("result", call.arrival, outcome.value, outcome.topic)
         elif isinstance(outcome, Failed):
             self.runner.metrics.add(f"failures.{outcome.code}")
-            yield self._output("failure", call.arrival, self._failure(call, outcome), None)
+            yield self._failure(call, outcome)
 
     def _remember(self, call: Call, result: Result) -> None:
         if call.identity is None or self._settings.remember_s <= 0:
@@ -235,30 +248,40 @@ class Shard:
             self._store.ids.remove(digest)
             self._store.answers.remove(digest)
 
-    def _failure(self, call: Call, failed: Failed) -> bytes:
+    def _failure(self, call: Call, failed: Failed) -> Output:
+        """Why, and where the original is, cut to sizes that any topic takes: docs/records.md states them."""
         arrival = call.arrival
-        payload = arrival.payload()
-        return codec.encode(
-            Failure(
-                code=failed.code,
-                message=failed.message,
-                key=arrival.key,
-                request_id=call.request_id or _raw_request_id(arrival),
-                topic=arrival.topic,
-                partition=arrival.partition,
-                offset=arrival.offset,
-                handler=self.runner.name,
-                failed_at=_now_ms(),
-                headers=arrival.short_headers(),
-                generation_id=failed.generation_id,
-                payload_sha256=call.payload_hash.hex(),
-                payload=payload.decode("utf-8", "replace") if self._settings.keep_payload else None,
-            )
+        key = None if arrival.key is None else codec.printable(arrival.key, KEY_LIMIT)
+        request_id = call.request_id or _raw_request_id(arrival)
+        headers = arrival.short_headers()
+        failure = Failure(
+            code=codec.printable(failed.code, KEY_LIMIT),
+            message=codec.printable(failed.message, MESSAGE_LIMIT),
+            key=key,
+            request_id=None if request_id is None else codec.printable(request_id, KEY_LIMIT),
+            topic=arrival.topic,
+            partition=arrival.partition,
+            offset=arrival.offset,
+            handler=self.runner.name,
+            failed_at=_now_ms(),
+            headers=headers,
+            generation_id=failed.generation_id,
+            payload_sha256=call.payload_hash.hex(),
         )
+        value = codec.encode(failure)
+        if self._settings.keep_payload:
+            payload = arrival.payload().decode("utf-8", "replace")
+            whole = codec.encode(msgspec.structs.replace(failure, payload=payload))
+            value = whole if len(whole) + 2 * len(value) <= self._settings.max_result_bytes else value
+        written = (arrival.kafka_key or b"")[:KEY_LIMIT] if key is None else key.encode()
+        carried = {name: text.encode() for name, text in headers.items() if name != DEADLINE_HEADER}
+        return Output("failure", written, value, carried, None, arrival.timestamp)
 
     def _output(self, kind: str, arrival: Arrival, value: bytes, topic: str | None) -> Output:
-        key = arrival.kafka_key or b"" if arrival.key is None else arrival.key.encode("utf-8", "replace")
-        headers = {name: header or b"" for name, header in arrival.headers.items()}
+        key = (arrival.key or "").encode()
+        headers = {
+            name: header for name, header in arrival.headers.items() if header is not None and name != DEADLINE_HEADER
+        }
         return Output(kind, key, value, headers, topic, arrival.timestamp)
 
     # State of an earlier run.
@@ -291,8 +314,9 @@ class Shard:
         """Runs again, in order of arrival, what was in flight when the state was written."""
         held, self._held = self._held, []
         self.restored = len(held)
-        for sequence, data in held:
-            yield from self._admit(sequence, data, restored=True)
+        for sequence, packed in held:
+            arrived_ms, data = codec.unpack(packed)[:2]
+            yield from self._admit(sequence, data, arrived_ms, restored=True)
 
 
 def _raw_request_id(arrival: Arrival) -> str | None:

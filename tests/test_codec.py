@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,3 +67,42 @@ def test_bad_values_say_where_and_what(data, code, text):
         codec.decode(data, ChatRequest)
     assert caught.value.code == code
     assert text in caught.value.message
+
+
+class Renamed(msgspec.Struct, rename="camel"):
+    user_id: str = ""
+    turn_count: int = 0
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    inner: Renamed
+
+
+codec.register("test.renamed", Renamed)
+codec.register("test.kept", Kept)
+
+
+def test_state_keeps_fields_by_their_python_names():
+    value = {"a": Renamed("u", 3), "b": [Kept(name="x", inner=Renamed("v", 4))]}
+    assert codec.unpack(codec.pack(value)) == value
+
+
+def test_a_record_that_no_longer_fits_is_refused_by_name():
+    bytes_of = codec.pack(Renamed("u", 3)).replace(b"\xaaturn_count\x03", b"\xaaturn_count\xc3")
+    with pytest.raises(StateError, match=r"'test\.renamed' that no longer fits"):
+        codec.unpack(bytes_of)
+
+
+def test_an_array_like_record_cannot_be_registered():
+    class Positional(msgspec.Struct, array_like=True):
+        a: int
+
+    with pytest.raises(ValueError, match="array_like"):
+        codec.register("test.positional", Positional)
+
+
+@pytest.mark.parametrize("value", [2**64, {"deep": "\ud800"}, {"a": {1: 2}}, object()], ids=str)
+def test_what_state_cannot_hold_is_a_type_error(value):
+    with pytest.raises(TypeError):
+        codec.pack(value)

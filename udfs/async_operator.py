@@ -20,7 +20,7 @@ from pyflink.java_gateway import get_gateway
 from flink_llm import codec, environment
 from flink_llm.arrivals import Arrival, Keyer, KeySpec, shard_of
 from flink_llm.call import OperatorSettings
-from flink_llm.errors import ConfigError
+from flink_llm.errors import ConfigError, StateError
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.kafka import INBOUND
 from flink_llm.runner import Runner
@@ -128,6 +128,8 @@ class _Arrive(ProcessFunction):  # type: ignore[misc]
         self._keyer = Keyer(self._key, self._takes)
 
     def process_element(self, value: Any, ctx: ProcessFunction.Context) -> Iterator[tuple[int, bytes]]:
+        stamp = ctx.timestamp()
+        stamp = stamp if stamp is not None and stamp >= 0 else None  # Flink's mark for a stream without times
         if self._inbound:
             arrival = Arrival(
                 value=value.value,
@@ -137,12 +139,22 @@ class _Arrive(ProcessFunction):  # type: ignore[misc]
                 topic=value.topic,
                 partition=value.partition,
                 offset=value.offset,
-                timestamp=ctx.timestamp(),
+                timestamp=stamp,
             )
         else:
-            arrival = Arrival(element=_lower(value), timestamp=ctx.timestamp())
+            arrival = self._lowered(value, stamp)
         by, arrival = self._keyer.arrive(arrival)
         yield shard_of(by, self._shards), arrival.to_bytes()
+
+    @staticmethod
+    def _lowered(value: Any, stamp: int | None) -> Arrival:
+        """An element of any stream; one that state cannot hold arrives as nothing, with the reason why."""
+        try:
+            arrival = Arrival(element=_lower(value), timestamp=stamp)
+            arrival.to_bytes()
+        except (TypeError, RecursionError) as error:
+            return Arrival(key_error=f"the record cannot be kept: {error}"[:500], timestamp=stamp)
+        return arrival
 
 
 class _ShardKey:
@@ -201,7 +213,10 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._schedule(shard, ctx)
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
-        number = self._numbers[ctx.get_current_key()]
+        number = self._numbers.get(ctx.get_current_key())
+        if number is None:
+            raise StateError("state holds a shard that the job does not have: set flink.shards back to what it was")
+        self._runner.places.let_go()
         shard = self._shards.get(number)
         if shard is None:
             shard = self._touch(number, ctx)

@@ -1,0 +1,60 @@
+"""The places of a subtask: how many records may be in flight, and who waits for room.
+
+One thread takes places, another gives them back.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+PATIENCE_S = 1.0
+"""How long a full operator may hold Flink's mailbox before it lets go for once."""
+
+
+class Places:
+    """`capacity` places. `clock` gives seconds and never goes back."""
+
+    def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._free = capacity
+        self._lent = 0
+        self._patience = PATIENCE_S
+        self._clock = clock
+        self._changed = threading.Condition()
+
+    def take(self, *, wait: bool = True) -> None:
+        """Takes a place, waiting for one if asked to.
+
+        The caller holds Flink's mailbox meanwhile: timers, checkpoints and partials pass only when it lets
+        go. So all waits since `let_go` together end after `PATIENCE_S`, with or without a place, and what
+        is taken then is over capacity for a while.
+        """
+        with self._changed:
+            if wait and not self._room():
+                began = self._clock()
+                self._changed.wait_for(self._room, self._patience)
+                self._patience = max(0.0, self._patience - (self._clock() - began))
+            self._free -= 1
+
+    def give(self, count: int) -> None:
+        """Gives places back."""
+        with self._changed:
+            self._free += count
+            self._changed.notify_all()
+
+    def lend(self, change: int) -> None:
+        """Counts calls that can end only when the mailbox is let go: each lends a place until then."""
+        with self._changed:
+            self._lent += change
+            self._changed.notify_all()
+
+    def let_go(self) -> None:
+        """The mailbox was free just now: the next bundle may hold it again."""
+        self._patience = PATIENCE_S
+
+    def wait_until(self, there: Callable[[], bool], timeout: float) -> None:
+        """Waits until a place was given back and `there()` is true, at most `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(there, timeout)
+
+    def _room(self) -> bool:
+        return self._free > -self._lent
