@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -22,11 +23,11 @@ env = environment.environment()
 environment.configure(env, FlinkSettings())
 stream = env.from_collection(['{"session_id": "s"}'], Types.STRING())
 """
-BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```([a-z]*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(page: Path) -> list[tuple[str, str]]:
-    return BLOCK.findall(page.read_text())
+def blocks(page: Path, language: str = "python") -> list[tuple[str, str]]:
+    return [(mark, code) for kind, mark, code in BLOCK.findall(page.read_text()) if kind == language]
 
 
 def of_pages(*marks: str) -> list[Path]:
@@ -70,3 +71,18 @@ def test_commands_that_are_named_exist(page):
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_the_set_up_targets_exist(target):
     assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
+def test_configurations_are_ones_that_load(page, tmp_path, monkeypatch):
+    from flink_llm import config
+
+    monkeypatch.setenv("KAFKA_PASSWORD", "secret")
+    for mark, code in blocks(page, "yaml"):
+        assert mark.strip() in ("job", "flink"), f"{page.name}: a block is marked {mark!r}"
+        if mark.strip() == "flink":
+            assert all("." in name for name in yaml.safe_load(code))
+        else:
+            file = tmp_path / "job.yaml"
+            file.write_text(code)
+            assert "secret" not in repr(config.load(file))
