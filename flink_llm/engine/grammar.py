@@ -1,0 +1,156 @@
+"""Constrained decoding: which tokens may come next, so that the text fits a schema, a regex or a list.
+
+The parsing is llguidance's. Ours is the end: a model that would like to go on for ever is brought to one
+in time, along the shortest way out that is known, so that the text is whole within `max_tokens`.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import llguidance
+import llguidance.numpy
+import numpy as np
+from numpy.typing import NDArray
+
+from flink_llm.errors import RecordError
+
+CLOSING = ("}", "]", ",", ":", '"', "0")
+"""What leads to the end of a JSON text, the best first; within a string, where a letter may stand, its quote does."""
+LONGEST_END = 512
+"""Tokens of the longest way to the end that is looked for."""
+
+Bits = NDArray[np.int32]
+
+
+def definition(json_schema: Any = None, regex: str | None = None, choices: Sequence[str] | None = None) -> str | None:
+    """The grammar of at most one of the three, None for none of them. Raises RecordError `bad_option`."""
+    given = [name for name, one in (("json_schema", json_schema), ("regex", regex), ("choices", choices)) if one]
+    if len(given) > 1:
+        raise RecordError("bad_option", f"{' and '.join(given)} cannot be asked for together")
+    if json_schema:
+        try:
+            text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+            # Without free white space, of which a small model may never have enough.
+            compact = {"whitespace_flexible": False}
+            return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=compact))  # type: ignore[arg-type]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RecordError("bad_option", f"json_schema is not a JSON Schema: {error}"[:500]) from error
+    if regex:
+        return str(llguidance.LLMatcher.grammar_from_regex(regex))
+    if choices:
+        options = " | ".join(json.dumps(choice) for choice in choices)
+        return str(llguidance.LLMatcher.grammar_from_lark(f"start: {options}"))
+    return None
+
+
+class Grammars:
+    """What makes grammars for one model: its tokenizer, as llguidance knows it. Takes a second to make."""
+
+    def __init__(self, tokenizer: bytes, vocabulary: int, ends: Sequence[int]) -> None:
+        self._vocabulary = vocabulary
+        self._tokenizer = llguidance.LLTokenizer(tokenizer.decode(), n_vocab=vocabulary, eos_token=list(ends))
+        self.ends = list(ends)
+        self._closing, (self._quote, self._letter) = self._tokens(CLOSING), self._tokens(('"', "x"))
+        self._compiled = lru_cache(maxsize=64)(self._compile)
+
+    def grammar(self, definition: str, max_tokens: int) -> "Grammar":
+        """A grammar at its beginning. Raises RecordError `bad_option`: it cannot be satisfied, or not so shortly."""
+        return Grammar(self, self._compiled(definition).deep_copy(), self._vocabulary, max_tokens)
+
+    def next_to_the_end(self, allowed: NDArray[np.bool_]) -> int | None:
+        """The token out of those `allowed` that leads to the end soonest, None where none is."""
+        if allowed[self._quote] and allowed[self._letter]:
+            return self._quote
+        found = next((token for token in self._closing if allowed[token]), None)
+        return int(allowed.argmax()) if found is None and allowed.any() else found
+
+    def _tokens(self, texts: Sequence[str]) -> list[int]:
+        return [self._tokenizer.tokenize_str(text)[0] for text in texts]
+
+    def _compile(self, definition: str) -> Any:
+        wrong = llguidance.LLMatcher.validate_grammar(definition, self._tokenizer)
+        matcher = llguidance.LLMatcher(self._tokenizer, definition, log_level=0)
+        if matcher.is_error() or (wrong and not wrong.startswith("WARNING")):
+            reason = " ".join((matcher.get_error() or wrong).split())[:400]
+            raise RecordError("bad_option", f"the schema, regex or list cannot be satisfied: {reason}")
+        return matcher
+
+
+class Grammar:
+    """Where one text is in its grammar.
+
+    `allowed` says what may come next, `take` is told what was chosen. While a way out is known, and for
+    JSON one always is, the text is whole within `max_tokens`.
+    """
+
+    def __init__(self, of: Grammars, matcher: Any, vocabulary: int, max_tokens: int) -> None:
+        self._of = of
+        self._matcher = matcher
+        self._bits = llguidance.numpy.allocate_token_bitmask(1, vocabulary)
+        self._vocabulary = vocabulary
+        self._left = max_tokens
+        self._end = self._way_out(matcher)
+        if self._end is not None and len(self._end) > max_tokens:
+            raise RecordError(
+                "bad_option", f"max_tokens is {max_tokens}, what is asked for takes {len(self._end)} tokens at least"
+            )
+
+    @property
+    def over(self) -> bool:
+        """Whether the text is whole and nothing may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """[vocabulary]: whether each token may come next."""
+        return self._mask(self._matcher)
+
+    def take(self, token: int) -> int:
+        """Goes on with `token`, one of those allowed, or with the way out where it would leave no room for one.
+
+        Returns the token that it was.
+        """
+        self._left -= 1
+        if not self._end:
+            self._matcher.try_consume_tokens([token])
+            return token
+        if token == self._end[0]:
+            self._end = self._end[1:] or None
+            self._matcher.try_consume_tokens([token])
+            return token
+        further = self._matcher.deep_copy()
+        further.try_consume_tokens([token])
+        end = self._way_out(further)
+        if end is None or len(end) > self._left:
+            self._left += 1
+            return self.take(self._end[0])
+        self._matcher, self._end = further, end
+        return token
+
+    def _mask(self, matcher: Any) -> NDArray[np.bool_]:
+        llguidance.numpy.fill_next_token_bitmask(matcher, self._bits)
+        found: NDArray[np.bool_] = np.unpackbits(
+            self._bits.view(np.uint8)[0], bitorder="little", count=self._vocabulary
+        ).astype(np.bool_, copy=False)
+        return found
+
+    def _way_out(self, matcher: Any) -> list[int] | None:
+        """Tokens from there to a whole text, the end mark included; None where none was found."""
+        matcher = matcher.deep_copy()
+        way: list[int] = []
+        while len(way) < LONGEST_END:
+            forced = matcher.compute_ff_tokens()
+            if forced and matcher.try_consume_tokens(forced) == len(forced):
+                way += forced
+                continue
+            mask = self._mask(matcher)
+            ends = [token for token in self._of.ends if mask[token]]
+            if ends or matcher.is_stopped():
+                return [*way, *ends[:1]]
+            token = self._of.next_to_the_end(mask)
+            if token is None:
+                return None
+            matcher.try_consume_tokens([token])
+            way.append(token)
+        return None

@@ -1,0 +1,141 @@
+"""Constrained decoding: whatever a model would like to say, what comes out fits, and is whole in time."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from flink_llm.engine.grammar import Grammars, definition
+from flink_llm.errors import RecordError
+
+END = 0
+
+
+def byte_level():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<end>", *alphabet, "true", "null", '{"', '":', '","', "abc", "000"]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    return tokenizer
+
+
+TOKENIZER = byte_level()
+GRAMMARS = Grammars(TOKENIZER.to_str().encode(), TOKENIZER.get_vocab_size(), [END])
+
+
+def say(made, max_tokens, seed):
+    """What a model that likes every token as well says."""
+    grammar = GRAMMARS.grammar(made, max_tokens)
+    random = np.random.default_rng(seed)
+    said = []
+    while len(said) < max_tokens and not grammar.over:
+        allowed = np.flatnonzero(grammar.allowed())
+        token = grammar.take(int(random.choice(allowed)))
+        if token == END:
+            break
+        said.append(token)
+    return TOKENIZER.decode(said)
+
+
+LEAVES = st.sampled_from(
+    [
+        {"type": "string"},
+        {"type": "integer"},
+        {"type": "number"},
+        {"type": "boolean"},
+        {"type": "null"},
+        {"enum": ["red", "green", 3]},
+        {"type": "string", "maxLength": 5},
+    ]
+)
+
+
+def objects(inner):
+    fields = st.dictionaries(st.sampled_from(["a", "long name", "ü", "x"]), inner, min_size=1, max_size=3)
+    return fields.map(
+        lambda found: {
+            "type": "object",
+            "properties": found,
+            "required": list(found),
+            "additionalProperties": False,
+        }
+    )
+
+
+SCHEMAS = st.recursive(
+    LEAVES, lambda inner: objects(inner) | inner.map(lambda item: {"type": "array", "items": item}), max_leaves=6
+)
+
+
+def fits(value, schema):
+    if "enum" in schema:
+        return value in schema["enum"]
+    kind = schema["type"]
+    if kind == "object":
+        fields = schema["properties"]
+        return set(value) == set(fields) and all(fits(value[name], fields[name]) for name in fields)
+    if kind == "array":
+        return isinstance(value, list) and all(fits(item, schema["items"]) for item in value)
+    if kind == "string":
+        return isinstance(value, str) and len(value) <= schema.get("maxLength", len(value))
+    if kind == "integer":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind == "number":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, {"boolean": bool, "null": type(None)}[kind])
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEMAS, st.integers(0, 2**32 - 1), st.integers(0, 80))
+def test_whatever_is_said_fits_the_schema_and_is_whole(schema, seed, room):
+    made = definition(json_schema=schema)
+    least = 1
+    try:
+        GRAMMARS.grammar(made, least)
+    except RecordError as error:
+        least = int(re.search(r"takes (\d+) tokens", error.message)[1])
+    assert fits(json.loads(say(made, least + room, seed)), schema)
+
+
+def test_a_choice_is_one_of_the_list():
+    choices = ["yes", "no", 'a "quoted" one']
+    said = {say(definition(choices=choices), 40, seed) for seed in range(20)}
+    assert said <= set(choices)
+    assert len(said) > 1
+
+
+def test_a_regex_is_matched_whole():
+    for seed in range(10):
+        assert re.fullmatch(r"[a-c]{2,9}-\d+", say(definition(regex=r"[a-c]{2,9}-[0-9]+"), 60, seed))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"json_schema": "{"},
+        {"json_schema": {"type": "no such type"}},
+        {"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}},
+        {"regex": "("},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_satisfied_is_the_records_fault(wanted):
+    with pytest.raises(RecordError) as refused:
+        GRAMMARS.grammar(definition(**wanted), 50)
+    assert refused.value.code == "bad_option"
+
+
+def test_one_way_to_ask_at_a_time():
+    with pytest.raises(RecordError, match="json_schema and regex cannot be asked for together"):
+        definition(json_schema={"type": "string"}, regex="a")
+
+
+def test_less_room_than_any_answer_takes_is_said():
+    with pytest.raises(RecordError, match=r"max_tokens is 3, what is asked for takes \d+ tokens at least"):
+        GRAMMARS.grammar(definition(json_schema={"enum": ["a long word indeed"]}), 3)
