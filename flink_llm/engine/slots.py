@@ -1,0 +1,122 @@
+"""Which slot of the cache a request gets, and how much of its prompt some slot holds already.
+
+A slot keeps what it holds when its request ends, until another needs it: the next turn of a session, or
+another request with the same system prompt, begins where that ends (prefix reuse; SGLang's RadixAttention
+and vLLM's automatic prefix caching are the same idea over blocks). Decisions only: the decoder copies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+SHARED_LEAST = 16
+"""Tokens below which a shared beginning is not worth looking at."""
+OWN_SHARE = 0.75
+"""A free slot of which so much would be used is taken as it is; of another the beginning is copied."""
+
+
+class Placement(NamedTuple):
+    """A slot whose first `shared` tokens are the prompt's, once those of `source` are copied into it."""
+
+    slot: int
+    shared: int
+    source: int
+
+
+@dataclass
+class _Slot:
+    held: list[int] = field(default_factory=list)
+    busy: bool = False
+    used: int = 0
+
+
+class Slots:
+    """`count` slots. `copies` says that what one holds can be copied to another.
+
+    Busy slots are kept close together, since a step runs over all rows from the first to the last of them.
+    """
+
+    def __init__(self, count: int, *, copies: bool = True) -> None:
+        self._slots = [_Slot() for _ in range(count)]
+        self._copies = copies
+        self._busy: set[int] = set()
+        self._turn = 0
+
+    @property
+    def free(self) -> int:
+        """How many slots no request has."""
+        return len(self._slots) - len(self._busy)
+
+    def held(self, slot: int) -> Sequence[int]:
+        """The tokens in a slot."""
+        return self._slots[slot].held
+
+    def take(self, prompt: Sequence[int]) -> Placement:
+        """A slot for a prompt. At least the prompt's last token is left to be read. Raises IndexError when full."""
+        source, shared = self._longest(prompt)
+        whole = not self._slots[source].busy and shared >= OWN_SHARE * len(self._slots[source].held)
+        if shared < SHARED_LEAST:
+            slot, shared = self._best(), 0
+        elif whole or (not self._copies and not self._slots[source].busy):
+            slot = source
+        elif self._copies:
+            slot = self._best(but=source)
+        else:
+            slot, shared = self._best(), 0
+        found = self._slots[slot]
+        found.held = list(prompt[:shared])
+        found.busy = True
+        self._busy.add(slot)
+        return Placement(slot, shared, source if shared else slot)
+
+    def add(self, slot: int, tokens: Sequence[int]) -> None:
+        """These tokens were read into the slot."""
+        self._slots[slot].held += tokens
+
+    def release(self, slot: int, *, keep: bool = True) -> None:
+        """The slot's request has ended; what it holds stays, unless it is not to be kept."""
+        self._turn += 1
+        found = self._slots[slot]
+        found.busy, found.used = False, self._turn
+        self._busy.discard(slot)
+        if not keep:
+            found.held = []
+
+    def _longest(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """The slot that holds the longest beginning of the prompt, a free one before a busy one."""
+        best, longest = 0, -1
+        for number, slot in enumerate(self._slots):
+            shared = min(_shared(slot.held, prompt), len(prompt) - 1)
+            if (shared, not slot.busy) > (longest, longest >= 0 and not self._slots[best].busy):
+                best, longest = number, shared
+        return best, longest
+
+    def _best(self, but: int = -1) -> int:
+        """The free slot that stretches the busy ones least, the one longest unused among those alike."""
+        free = [number for number, slot in enumerate(self._slots) if not slot.busy]
+        others = [number for number in free if number != but] or free
+        if not others:
+            raise IndexError("no slot is free")
+        first, last = min(self._busy, default=0), max(self._busy, default=-1)
+        return min(
+            others,
+            key=lambda number: (
+                max(first - number, number - last, 0) if self._busy else 0,
+                self._slots[number].used,
+                number,
+            ),
+        )
+
+
+def _shared(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    low, high = 0, min(len(held), len(prompt))
+    if not high or held[0] != prompt[0]:
+        return 0
+    while low < high:  # slices compare fast, tokens one by one do not
+        middle = (low + high + 1) // 2
+        if held[low:middle] == prompt[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

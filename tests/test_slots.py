@@ -1,0 +1,91 @@
+"""Slots: nobody shares one, what is said to be shared is, and busy ones stay together."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flink_llm.engine.slots import SHARED_LEAST, Placement, Slots
+
+COUNT = 5
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=60)
+
+
+@given(
+    st.booleans(),
+    st.lists(st.tuples(PROMPTS, st.integers(0, COUNT - 1), st.booleans()), max_size=40),
+)
+def test_whatever_comes_no_slot_is_shared_and_every_beginning_is_right(copies, steps):
+    slots = Slots(COUNT, copies=copies)
+    cache = {number: [] for number in range(COUNT)}  # what the decoder would hold
+    busy = set()
+    for prompt, leaving, keep in steps:
+        if leaving in busy:
+            slots.release(leaving, keep=keep)
+            busy.discard(leaving)
+        if slots.free == 0:
+            continue
+        place = slots.take(prompt)
+        assert place.slot not in busy
+        busy.add(place.slot)
+        assert place.shared in range(len(prompt))
+        assert place.shared == 0 or place.shared >= SHARED_LEAST
+        assert copies or place.source == place.slot
+        assert cache[place.source][: place.shared] == prompt[: place.shared]
+        cache[place.slot] = cache[place.source][: place.shared] + prompt[place.shared :]
+        slots.add(place.slot, prompt[place.shared :])
+        assert list(slots.held(place.slot)) == prompt
+        assert slots.free == COUNT - len(busy)
+
+
+def session(*turns):
+    return [token for turn in turns for token in range(turn, turn + 30)]
+
+
+def test_the_next_turn_of_a_session_takes_its_own_slot():
+    slots = Slots(4)
+    first = slots.take(session(0))
+    slots.add(first.slot, session(0))
+    slots.release(first.slot)
+    other = slots.take(session(500))
+    assert other.slot != first.slot  # the one longest unused
+    assert slots.take(session(0, 100)) == Placement(first.slot, 30, first.slot)
+
+
+def test_a_shared_beginning_is_copied_from_a_busy_slot():
+    slots = Slots(4)
+    first = slots.take(session(0, 100))
+    slots.add(first.slot, session(0, 100))
+    second = slots.take(session(0, 200))
+    assert second.slot != first.slot
+    assert (second.shared, second.source) == (30, first.slot)
+
+
+def test_busy_slots_stay_together():
+    slots = Slots(16)
+    taken = [slots.take([number]).slot for number in range(4)]
+    assert sorted(taken) == [0, 1, 2, 3]
+    slots.release(1)
+    assert slots.take([9]).slot == 1
+
+
+def test_a_prompt_that_is_held_whole_leaves_its_last_token_to_be_read():
+    slots = Slots(2)
+    place = slots.take(session(0))
+    slots.add(place.slot, session(0))
+    slots.release(place.slot)
+    assert slots.take(session(0)) == Placement(place.slot, 29, place.slot)
+
+
+def test_what_is_not_to_be_kept_is_gone():
+    slots = Slots(2)
+    place = slots.take(session(0))
+    slots.add(place.slot, session(0))
+    slots.release(place.slot, keep=False)
+    assert slots.take(session(0)).shared == 0
+
+
+def test_full_is_full():
+    slots = Slots(1)
+    slots.take([1])
+    with pytest.raises(IndexError):
+        slots.take([2])
