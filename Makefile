@@ -9,12 +9,12 @@ help: ## print this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 system: ## install Java and Maven where this user may, else say how
-	@sh scripts/system.sh
+	@PYTHON="$(PYTHON)" sh scripts/system.sh
 
 .venv/.made:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 	  { echo "flink-llm needs Python 3.11 or 3.12: install one, then run make PYTHON=/path/to/it"; exit 1; }
-	@$(PYTHON) -m venv .venv
+	@"$(PYTHON)" -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check "uv>=0.9"
 	@touch $@
 

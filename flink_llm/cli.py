@@ -1,8 +1,8 @@
 """The command line: `flink-llm`. Each command imports what it needs when it runs."""
 
 import logging
+import sqlite3
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,44 @@ import click
 from flink_llm import __version__
 from flink_llm.errors import ConfigError, FlinkLlmError
 from flink_llm.local.broker import TOPICS, Broker, state_folder
-from flink_llm.names import unknown
 
 STATE = click.option(
     "--state", type=click.Path(path_type=Path), help="State folder; $FLINK_LLM_HOME, else .flink-llm here."
 )
+log = logging.getLogger(__name__)
 
 
 class _Group(click.Group):
-    """Errors of the library are one line and exit status 1, without a stack trace."""
+    """Every error is one line and exit status 1; `-v` shows where an unexpected one came from."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except FlinkLlmError as error:
-            click.echo(f"flink-llm: {error}", err=True)
-            ctx.exit(1)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
         except KeyboardInterrupt:
             ctx.exit(130)
+        except Exception as error:
+            log.info("the trace", exc_info=True)
+            click.echo(f"flink-llm: {_line(error)}", err=True)
+            ctx.exit(1)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, FlinkLlmError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    elif isinstance(error, sqlite3.Error):
+        text = f"sqlite: {error}"
+    else:
+        text = f"unexpected {type(error).__name__}: {error}; run again with -v for the trace"
+    return " ".join(text.split())
 
 
 @click.group(cls=_Group)
 @click.version_option(__version__)
-@click.option("-v", "--verbose", is_flag=True, help="Say what goes on.")
+@click.option("-v", "--verbose", is_flag=True, help="Say what goes on, and the trace of an error.")
 def main(verbose: bool) -> None:
     """Language and embedding models inside Apache Flink jobs.
 
@@ -41,7 +56,8 @@ def main(verbose: bool) -> None:
 
     One question:      flink-llm try "Where is order 1042?"
 
-    A job of your own: flink-llm local up, then flink-llm run job.yaml
+    A job of your own: flink-llm local up, then flink-llm doctor --config job.yaml,
+    then flink-llm run job.yaml
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
     if not verbose:
@@ -50,7 +66,10 @@ def main(verbose: bool) -> None:
 
 @main.group()
 def local() -> None:
-    """A real Kafka broker on this machine, for developing."""
+    """A real Kafka broker on this machine, for developing.
+
+    For example: flink-llm local up --topic orders:4 --topic replies
+    """
 
 
 @local.command()
@@ -58,22 +77,30 @@ def local() -> None:
 @click.option("--topic", "topics", multiple=True, metavar="NAME[:PARTITIONS]", help="Topics to make.")
 @STATE
 def up(port: int | None, topics: tuple[str, ...], state: Path | None) -> None:
-    """Start the broker, make the topics, print its address."""
+    """Start the broker, make the topics, print its address.
+
+    Without --topic the topics of jobs/llm_inference.yaml are made. It keeps its port and data until
+    `flink-llm local down --wipe`.
+    """
     broker = Broker(state or state_folder(), port)
     broker.up(topics or TOPICS)
     click.echo(broker.bootstrap_servers)
 
 
 @local.command()
-@click.option("--wipe", is_flag=True, help="Delete all that it has stored.")
+@click.option("--wipe", is_flag=True, help="Delete all that it has stored, and the demo's features.")
 @STATE
 def down(wipe: bool, state: Path | None) -> None:
     """Stop the broker."""
-    broker = Broker(state or state_folder())
-    was_up = broker.down()
-    if wipe:
-        broker.wipe()
+    from flink_llm.local.demo import forget
+
+    folder = state or state_folder()
+    broker = Broker(folder)
+    was_up = broker.wipe() if wipe else broker.down()
     click.echo("stopped" if was_up else "it was not running")
+    if wipe:
+        forget(folder)
+        click.echo(f"deleted what broker and demo had stored in {folder}")
 
 
 @local.command()
@@ -89,14 +116,15 @@ def status(state: Path | None) -> None:
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 def run(config: Path) -> None:
-    """Run the job of a configuration file on a mini-cluster in this process. Ctrl-C ends it."""
-    from flink_llm.config import load
+    """Run the job of a YAML file on a mini-cluster here.
 
-    settings = load(config)
-    jobs = {entry.name: entry for entry in entry_points(group="flink_llm.jobs")}
-    if settings.job not in jobs:
-        raise ConfigError(unknown("job", settings.job, jobs))
-    jobs[settings.job].load().main(["--config", str(config)])
+    CONFIG names the job, Kafka's topics, model folders and features; jobs/llm_inference.yaml is an
+    example to copy. `flink-llm doctor --config CONFIG` checks it without running it. Ctrl-C ends the job.
+    """
+    from flink_llm.config import load
+    from flink_llm.local import checks
+
+    checks.job(load(config).job).load().main(["--config", str(config)])
 
 
 @main.command(name="try")
@@ -104,7 +132,10 @@ def run(config: Path) -> None:
 @click.option("--user", default="user-1", show_default=True, help="Whose features the reply may use.")
 @STATE
 def try_(question: str, user: str, state: Path | None) -> None:
-    """Ask the demo model one question, through the real job, without Kafka."""
+    """Ask the demo model one question, without Kafka.
+
+    For example: flink-llm try "Where is order 1042?"
+    """
     from flink_llm.local.demo import ask
 
     ask(question, user, state or state_folder())
@@ -114,17 +145,25 @@ def try_(question: str, user: str, state: Path | None) -> None:
 @click.option("--events", default=200, show_default=True, type=click.IntRange(1), help="Sample events to send.")
 @STATE
 def demo(events: int, state: Path | None) -> None:
-    """Run the main job, Kafka to Kafka: broker, features, model, sample events, then your questions."""
+    """Run the main job here, from Kafka to Kafka.
+
+    Broker, features, model and job start, sample events are sent, then you may ask.
+    Exit status 1 when a sample event got no reply.
+    """
     from flink_llm.local.demo import Demo
 
-    Demo(state or state_folder(), events).run()
+    sys.exit(not Demo(state or state_folder(), events).run())
 
 
 @main.command()
 @click.option("--config", type=click.Path(path_type=Path), help="Check this job's configuration as well.")
 @STATE
 def doctor(config: Path | None, state: Path | None) -> None:
-    """Check everything a job needs, and say what to do. Exit status 1 when something is missing."""
+    """Check everything a job needs, and say what to do.
+
+    Exit status 1 when something is missing. Without --config it looks at this machine,
+    the local broker and the demo's model.
+    """
     from flink_llm.local.doctor import examine
 
     sys.exit(not examine(config, state or state_folder()))
@@ -132,13 +171,13 @@ def doctor(config: Path | None, state: Path | None) -> None:
 
 @main.group()
 def features() -> None:
-    """Set a Feast repository up."""
+    """Set up the Feast repository of a job."""
 
 
 @features.command(name="apply")
 @click.argument("config", type=click.Path(path_type=Path))
 def features_apply(config: Path) -> None:
-    """Register the definitions of the configuration's repository."""
+    """Register the definitions of the repository that CONFIG names in `features.repo`."""
     from flink_llm.config import load
     from flink_llm.feature_admin import apply_repo
 
@@ -152,7 +191,7 @@ def features_apply(config: Path) -> None:
 @features.command(name="fill")
 @click.argument("config", type=click.Path(path_type=Path))
 def features_fill(config: Path) -> None:
-    """Apply the demo's repository and write its customers and orders."""
+    """Apply the repository of CONFIG and write the demo's rows into it."""
     from flink_llm.config import load
     from flink_llm.feature_admin import apply_repo, fill_demo
 
@@ -171,7 +210,12 @@ def features_fill(config: Path) -> None:
 @click.option("--precision", type=click.Choice(["fp32", "int8", "int4"]), default="int8", show_default=True)
 @click.option("--license", "license_name", default="", help="Licence to write down, an SPDX name.")
 def export(source: Path, to: Path, name: str | None, precision: Any, license_name: str) -> None:
-    """Make a model folder of a local Hugging Face folder, measured against the original or refused."""
+    """Make a model folder of a Hugging Face folder.
+
+    SOURCE is on this disk; what is made is measured against it, or refused.
+
+    For example: flink-llm export ./Llama-3.2-1B-Instruct --to models/llama --precision int4
+    """
     from flink_llm.engine.export import export_decoder
 
     made = export_decoder(source, to, name=name or to.name, precision=precision, license_name=license_name)
@@ -182,16 +226,23 @@ def export(source: Path, to: Path, name: str | None, precision: Any, license_nam
 @click.option("--config", required=True, type=click.Path(path_type=Path), help="The job's YAML file.")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 def package(config: Path, to: Path) -> None:
-    """Put all that a submission needs in one folder, and print the `flink run` line."""
+    """Gather a submission, and print its `flink run` line.
+
+    The line alone goes to standard output; what the cluster needs besides is said beside it.
+    """
     from flink_llm.local.package import pack
 
-    click.echo(pack(config, to))
+    packed = pack(config, to)
+    for note in packed.notes:
+        click.echo(f"- {note}", err=True)
+    click.echo(packed.line)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def host(arguments: tuple[str, ...]) -> None:
-    """Serve models to every job on this machine; jobs start it themselves when they need it."""
+    """Serve models on this machine; jobs start it themselves."""
     from flink_llm.engine.host import main as serve
 
+    logging.getLogger("flink_llm").setLevel(logging.INFO)  # where it listens, and who comes and goes
     serve(list(arguments), prog_name="flink-llm host")

@@ -1,29 +1,35 @@
 """A job's configuration: one YAML file, checked as a whole before anything starts.
 
 Unknown keys are refused with the nearest known one. `${NAME}` in a value stands for an environment
-variable and `${file:PATH}` for a file's content, which is where secrets belong. Paths are relative to
-the file.
+variable and `${file:PATH}` for a file's content, which is where secrets belong; `$${` is a plain `${`.
+Paths are relative to the file.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 import yaml
 from msgspec import Meta, Struct
 
+from flink_llm import config_file
 from flink_llm.call import OperatorSettings
-from flink_llm.engine.settings import HostSettings
+from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.errors import ConfigError
 from flink_llm.feature_settings import FeatureSettings
 from flink_llm.flink_settings import FlinkSettings
-from flink_llm.kafka_settings import KafkaSettings, masked
-from flink_llm.names import unknown
+from flink_llm.kafka_settings import PATHS, KafkaSettings, addresses
+from flink_llm.names import check_model, check_topic, unknown
+from flink_llm.secrets import masked
 
-_REFERENCE = re.compile(r"\$\{(file:)?([^}]*)\}")
+Name = Annotated[str, Meta(min_length=1)]
+ASK_A_MODEL = ("llm_inference", "embedding")
+"""The jobs of the library whose model is `chat.model`."""
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,24 +39,29 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Topics(Section, frozen=True, kw_only=True):
     """Topic names. A request's `reply_to` may name one of `reply_to`, else the response goes to `responses`."""
 
-    requests: list[str] = msgspec.field(default_factory=lambda: ["chat.requests"])
+    requests: Annotated[list[str], Meta(min_length=1)] = msgspec.field(default_factory=lambda: ["chat.requests"])
     responses: str = "chat.responses"
     tokens: str = "chat.tokens"
     failures: str = "chat.failures"
     reply_to: list[str] = []
 
+    def written(self) -> dict[str, str]:
+        """Key → topic of all that is written."""
+        replies = {f"reply_to[{number}]": name for number, name in enumerate(self.reply_to)}
+        return {"responses": self.responses, "tokens": self.tokens, "failures": self.failures, **replies}
+
 
 class Files(Section, frozen=True, kw_only=True):
     """Without Kafka: requests are the lines of `requests`, outcomes are written below `outcomes`."""
 
-    requests: str
-    outcomes: str
+    requests: Name
+    outcomes: Name
 
 
 class Operator(Section, frozen=True, kw_only=True):
     """How records are run; see `flink_llm.call.OperatorSettings`."""
 
-    key: str = "session_id"
+    key: Name = "session_id"
     capacity: Annotated[int, Meta(ge=1, le=100_000)] = 256
     deadline: Annotated[float, Meta(gt=0)] | None = 60.0
     ordered: bool = False
@@ -80,8 +91,8 @@ class Chat(Section, frozen=True, kw_only=True):
 class JobConfig(Section, frozen=True, kw_only=True):
     """The whole of a job. `job` is the name of an installed job, `name` this one's, unique per cluster."""
 
-    job: str
-    name: str
+    job: Name
+    name: Name
     kafka: KafkaSettings = KafkaSettings()
     topics: Topics = Topics()
     files: Files | None = None
@@ -107,95 +118,139 @@ class JobConfig(Section, frozen=True, kw_only=True):
         )
 
 
-def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> JobConfig:
-    """Reads and checks a file. Raises ConfigError, one line naming the key."""
+def load(path: str | Path, environ: Mapping[str, str] = os.environ, *, strict: bool = True) -> JobConfig:
+    """Reads and checks a file. Raises ConfigError, one line naming the key.
+
+    Not `strict`, a value that needs an environment variable or a file which is not there is left out.
+    """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping with at least `job` and `name`")
-    return parse(_resolved(raw, environ, ""), path.absolute().parent)
+    folder = path.absolute().parent
+    return parse(config_file.resolve(config_file.read(path), folder, environ, strict=strict), folder)
 
 
 def parse(raw: dict[str, Any], folder: Path) -> JobConfig:
     """A checked configuration of plain values; paths are taken relative to `folder`. Raises ConfigError."""
+    fitted = _fitted(raw, JobConfig, "")
     try:
-        config = msgspec.convert(raw, JobConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(_explained(str(error))) from error
-    if config.chat.model not in config.models and config.job == "llm_inference":
-        raise ConfigError(unknown("chat.model", config.chat.model, config.models))
-    if config.chat.features is not None and config.features is None:
-        raise ConfigError(f"chat.features is {config.chat.features!r}: name the Feast repository in features.repo")
-    for name, pattern in config.chat.entities.items():
+        config = msgspec.convert(fitted, JobConfig)
+    except msgspec.ValidationError as error:  # a key that is missing: all that is there fits
+        text, _, path = str(error).partition(" - at `$")
+        raise ConfigError(f"{path.rstrip('`').lstrip('.') or 'configuration'}: {text}") from error
+    _check_topics(config.topics)
+    _check_chat(config)
+    _check_flink(config.flink)
+    addresses(config.kafka)
+    resolve_device(config.host.device)
+    for name in config.models:
+        check_model("models", name)
+    return _placed(config, folder)
+
+
+def _check_topics(topics: Topics) -> None:
+    for number, name in enumerate(topics.requests):
+        check_topic(f"topics.requests[{number}]", name)
+    for key, name in topics.written().items():
+        check_topic(f"topics.{key}", name)
+        if name in topics.requests:
+            raise ConfigError(f"topics.{key} is {name!r}, a topic of requests: the job would read what it writes")
+
+
+def _check_chat(config: JobConfig) -> None:
+    chat = config.chat
+    if config.job in ASK_A_MODEL and chat.model not in config.models:
+        raise ConfigError(unknown("chat.model", chat.model, config.models))
+    if chat.features is not None and config.features is None:
+        raise ConfigError(f"chat.features is {chat.features!r}: name the Feast repository in features.repo")
+    for name, pattern in chat.entities.items():
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
             raise ConfigError(f"chat.entities.{name} is not a regular expression: {error}") from error
         if groups != 1:
             raise ConfigError(f"chat.entities.{name} must have one group, it has {groups}")
-    return _placed(config, folder)
+
+
+def _check_flink(flink: FlinkSettings) -> None:
+    highest = flink.max_parallelism
+    if flink.parallelism > highest:
+        raise ConfigError(f"flink.parallelism is {flink.parallelism}, more than flink.max_parallelism {highest}")
+    if highest % flink.shards:
+        raise ConfigError(f"flink.max_parallelism is {highest}, which is no multiple of flink.shards {flink.shards}")
 
 
 def _placed(config: JobConfig, folder: Path) -> JobConfig:
-    def place(path: str | None) -> str | None:
-        return None if path is None else str((folder / path).resolve())
+    """The configuration with its paths made absolute; a URL is none."""
 
-    models = {name: str((folder / path).resolve()) for name, path in config.models.items()}
-    changes: dict[str, Any] = {"models": models}
+    def place(path: str | None) -> str | None:
+        return path if path is None or "://" in path else str((folder / path).resolve())
+
+    def put(section: Any, *names: str) -> Any:
+        return msgspec.structs.replace(section, **{name: place(getattr(section, name)) for name in names})
+
+    changes = {
+        "models": {name: place(path) for name, path in config.models.items()},
+        "flink": put(config.flink, "checkpoint_dir"),
+        "host": put(config.host, "socket_dir"),
+    }
     if config.features is not None:
-        repo, state = place(config.features.repo) or "", place(config.features.state)
-        changes["features"] = msgspec.structs.replace(config.features, repo=repo, state=state)
+        changes["features"] = put(config.features, "repo", "state")
     if config.files is not None:
-        requests, outcomes = place(config.files.requests) or "", place(config.files.outcomes) or ""
-        changes["files"] = Files(requests=requests, outcomes=outcomes)
+        changes["files"] = put(config.files, "requests", "outcomes")
+    properties = config.kafka.properties
+    stores = {name: place(properties[name]) for name in PATHS if name in properties}
+    changes["kafka"] = msgspec.structs.replace(config.kafka, properties={**properties, **stores})
     return msgspec.structs.replace(config, **changes)
 
 
-def _resolved(value: Any, environ: Mapping[str, str], where: str) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _resolved(item, environ, f"{where}{name}.") for name, item in value.items()}
-    if isinstance(value, list):
-        return [_resolved(item, environ, where) for item in value]
-    if not isinstance(value, str):
-        return value
+def _fitted(value: Any, kind: Any, where: str) -> Any:
+    """`value` checked against the type `kind` part by part, so that an error names the very key.
 
-    def replace(found: re.Match[str]) -> str:
-        name = found[2]
-        if found[1]:
-            try:
-                return Path(name).read_text().strip()
-            except OSError as error:
-                raise ConfigError(f"{where[:-1]}: {name}: {error.strerror or error}") from error
-        if name not in environ:
-            raise ConfigError(f"{where[:-1]}: the environment variable {name} is not set")
-        return environ[name]
-
-    return _REFERENCE.sub(replace, value)
-
-
-def _explained(message: str) -> str:
-    """msgspec's message with the key first, and for an unknown key the nearest known one."""
-    text, _, path = message.partition(" - at `$")
-    where = path.rstrip("`").lstrip(".")
-    surplus = re.fullmatch(r"Object contains unknown field `(.*)`", text)
-    if surplus is None:
-        return f"{where or 'configuration'}: {text}"
-    return unknown(where or "configuration", surplus[1], _keys_at(where))
+    Texts stay as they are but for references, which may stand for numbers; a map of texts takes other
+    scalars too, written as YAML writes them.
+    """
+    for option in _options(kind):
+        if isinstance(value, dict) and isinstance(option, type) and issubclass(option, Struct):
+            fields = {field.name: field for field in msgspec.structs.fields(option)}
+            for name in value.keys() - fields:
+                raise ConfigError(unknown(where or "configuration", name, fields))
+            kept = {name: item for name, item in value.items() if fields[name].required or not _is_unset(item)}
+            return {name: _fitted(item, fields[name].type, _below(where, name)) for name, item in kept.items()}
+        if isinstance(value, dict) and (option is Any or get_origin(option) is dict):
+            of = Any if option is Any else get_args(option)[1]
+            texts = {name: _as_text(item) if of is str else item for name, item in value.items()}
+            return {name: _fitted(item, of, _below(where, name)) for name, item in texts.items()}
+        if isinstance(value, list) and (option is Any or get_origin(option) is list):
+            of = Any if option is Any else get_args(option)[0]
+            return [_fitted(item, of, f"{where}[{number}]") for number, item in enumerate(value)]
+    return _scalar(value, kind, where)
 
 
-def _keys_at(where: str) -> list[str]:
-    """The keys a section may have."""
-    found: Any = JobConfig
-    for part in [part for part in re.split(r"[.\[]", where) if part]:
-        fields = {field.name: field.type for field in msgspec.structs.fields(found)}
-        found = fields.get(part)
-        options = [found, *getattr(found, "__args__", ())]
-        found = next((option for option in options if isinstance(option, type) and issubclass(option, Struct)), None)
-        if found is None:
-            return []
-    return [field.name for field in msgspec.structs.fields(found)]
+def _scalar(value: Any, kind: Any, where: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value} is no number to work with")
+    try:
+        return msgspec.convert(str(value) if isinstance(value, str) else value, kind)
+    except msgspec.ValidationError as error:
+        if isinstance(value, config_file.Referenced):
+            read = yaml.safe_load(value)
+            if not isinstance(read, str):
+                return _scalar(read, kind, where)
+        raise ConfigError(f"{where or 'configuration'}: {error}") from error
+
+
+def _options(kind: Any) -> list[Any]:
+    """The types that a union is made of, without what `Annotated` adds to them."""
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
+
+
+def _as_text(item: Any) -> Any:
+    return item if item is None or isinstance(item, (str, dict, list)) else str(item).lower()
+
+
+def _is_unset(item: Any) -> bool:
+    return isinstance(item, config_file.Unset) or (isinstance(item, list) and any(_is_unset(each) for each in item))
+
+
+def _below(where: str, name: str) -> str:
+    return f"{where}.{name}".lstrip(".")

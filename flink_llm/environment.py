@@ -42,7 +42,7 @@ def configure(env: StreamExecutionEnvironment, settings: FlinkSettings, *, capac
     }
     if settings.checkpoint_dir is not None:
         options["execution.checkpointing.storage"] = "filesystem"
-        options["execution.checkpointing.dir"] = Path(settings.checkpoint_dir).absolute().as_uri()
+        options["execution.checkpointing.dir"] = _uri(settings.checkpoint_dir)
     configuration = Configuration()
     for name, value in {**options, **settings.properties}.items():
         configuration.set_string(name, value)
@@ -52,6 +52,10 @@ def configure(env: StreamExecutionEnvironment, settings: FlinkSettings, *, capac
     env.set_buffer_timeout(BUFFER_TIMEOUT_MS)
     mode = CheckpointingMode.EXACTLY_ONCE
     env.enable_checkpointing(settings.checkpoint_interval_ms, mode)
+
+
+def _uri(folder: str) -> str:
+    return folder if "://" in folder else Path(folder).absolute().as_uri()
 
 
 def check(env: StreamExecutionEnvironment, capacity: int) -> None:
@@ -81,10 +85,13 @@ def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvi
     """The cluster a job is submitted to, or else a mini-cluster in this process.
 
     On the mini-cluster Python runs in processes of its own, as it does on a cluster, and the connector
-    jar is fetched if need be.
+    jar is fetched if need be. Raises LocalError: no Java that Flink runs on, no connector jar.
     """
+    local = not submitted()
+    if local:
+        jars.java()  # a Configuration is an object of Flink's, and starts Java
     configuration = Configuration()
-    if not submitted():
+    if local:
         _leave_loopback()
         configuration.set_string("python.executable", sys.executable)
         configuration.set_string("pipeline.jars", jars.connector_jar().as_uri())

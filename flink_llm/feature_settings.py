@@ -1,18 +1,11 @@
 """How a job reaches its features. No Feast here: importing it takes seconds."""
 
-import re
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
-_SECRET = re.compile(r"(password|secret|token)(\W{1,4})[^,'\"}]+", re.IGNORECASE)
-MASK = "********"
-
-
-def masked(text: str) -> str:
-    """`text` with the values of passwords, secrets and tokens replaced, for logs and errors."""
-    return _SECRET.sub(rf"\1\2{MASK}", text)
+from flink_llm.secrets import masked as masked  # for those who name what a store said
 
 
 class FeatureSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,4 +31,4 @@ class FeatureSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     timeout_s: Annotated[float, Meta(gt=0, le=600)] = 2.0
 
     def __repr__(self) -> str:
-        return f"FeatureSettings({masked(str(msgspec.to_builtins(self)))})"
+        return f"FeatureSettings({masked(msgspec.to_builtins(self))})"

@@ -2,14 +2,18 @@
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta, Struct
+
+from flink_llm.secrets import masked
 
 
 class FlinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`expected_rate` is completions a second and subtask, where it is known: it sizes the bundles.
 
-    `properties` are Flink options, set as they are. Without `checkpoint_dir` checkpoints are kept by the
-    job manager: they survive a failure of the job, not of the cluster.
+    `properties` are Flink options, set as they are. `checkpoint_dir` is a folder or a URL that Flink can
+    write to (`s3://bucket/path`); without it checkpoints are kept by the job manager: they survive a
+    failure of the job, not of the cluster.
     """
 
     parallelism: Annotated[int, Meta(ge=1)] = 1
@@ -20,3 +24,6 @@ class FlinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     checkpoint_interval_ms: Annotated[int, Meta(ge=10)] = 1000
     checkpoint_dir: str | None = None
     properties: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"FlinkSettings({masked(msgspec.to_builtins(self))})"

@@ -4,21 +4,25 @@ import contextlib
 import logging
 import re
 import socket
-from typing import Annotated
+import ssl
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
 from flink_llm.errors import ConfigError
+from flink_llm.secrets import masked
 
 log = logging.getLogger(__name__)
 
-_SECRET = re.compile(
-    r"password|secret|jaas|connection_string|(^|[._])token$|(ssl|api|access|private)[._].*key", re.IGNORECASE
-)
-MASK = "********"
 PROBE_MS = 10_000
+PATHS = ("ssl.truststore.location", "ssl.keystore.location")
+"""Properties that are paths on this machine, relative to the configuration file."""
+
 _MAXIMUM = "transaction.max.timeout.ms"
+_MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
 class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,37 +41,88 @@ class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return f"KafkaSettings({masked(msgspec.to_builtins(self))})"
 
 
-def masked(value: object) -> object:
-    """`value` with every secret replaced, for printing: entries whose name says password, secret, ..."""
-    if isinstance(value, dict):
-        return {
-            name: MASK if isinstance(item, str) and _SECRET.search(str(name)) else masked(item)
-            for name, item in value.items()
-        }
-    return [masked(item) for item in value] if isinstance(value, list) else value
+def addresses(settings: KafkaSettings) -> list[tuple[str, int]]:
+    """The bootstrap servers as host and port. Raises ConfigError."""
+    found = []
+    for server in settings.bootstrap_servers.split(","):
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})", server.strip())
+        if match is None or not 0 < int(match[2]) < 65_536:
+            raise ConfigError(f"kafka.bootstrap_servers: {server!r} is not HOST:PORT")
+        found.append((match[1].strip("[]"), int(match[2])))
+    return found
 
 
-def client_options(settings: KafkaSettings) -> dict[str, object]:
-    """Options of a kafka-python client for the same cluster: what of `properties` it understands."""
-    options: dict[str, object] = {"bootstrap_servers": settings.bootstrap_servers.split(",")}
+def beyond_this_client(settings: KafkaSettings) -> str | None:
+    """Why Flink's client may reach this cluster and the one used from here cannot; None when it can."""
+    given = settings.properties
+    for store in ("truststore", "keystore"):
+        kind = given.get(f"ssl.{store}.type", "JKS").upper()
+        if f"ssl.{store}.location" in given and kind != "PEM":
+            return f"a {store} of type {kind} is read by Java only"
+    if given.get("security.protocol", "").upper().startswith("SASL_"):
+        mechanism = given.get("sasl.mechanism", "GSSAPI")
+        if mechanism not in _MECHANISMS or "sasl.client.callback.handler.class" in given:
+            return f"sasl.mechanism {mechanism} is spoken by Java only"
+        if not {"sasl_plain_username", "sasl_plain_password"} <= set(_login(given)):
+            return "sasl.jaas.config names no username and password"
+    return None
+
+
+def client_options(settings: KafkaSettings) -> dict[str, Any]:
+    """Options of a kafka-python client for the same cluster: what of `properties` it understands.
+
+    See `beyond_this_client` for what it does not. Raises ConfigError for a certificate that cannot be read.
+    """
+    given = settings.properties
+    options: dict[str, Any] = {"bootstrap_servers": settings.bootstrap_servers.split(","), **_login(given)}
     for name in ("security.protocol", "sasl.mechanism"):
-        if name in settings.properties:
-            options[name.replace(".", "_")] = settings.properties[name]
-    jaas = settings.properties.get("sasl.jaas.config", "")
-    for name in ("username", "password"):
-        found = re.search(rf'{name}="([^"]*)"', jaas)
-        if found:
-            options[f"sasl_plain_{name}"] = found.group(1)
+        if name in given:
+            options[name.replace(".", "_")] = given[name]
+    if given.get("security.protocol", "").upper().endswith("SSL"):
+        options["ssl_context"] = _ssl_context(given)
     return options
+
+
+def _login(given: Mapping[str, str]) -> dict[str, str]:
+    options = {}
+    for name in ("username", "password"):
+        found = re.search(rf"""\b{name}\s*=\s*("[^"]*"|'[^']*')""", given.get("sasl.jaas.config", ""))
+        if found:
+            options[f"sasl_plain_{name}"] = found[1][1:-1]
+    return options
+
+
+def _ssl_context(given: Mapping[str, str]) -> ssl.SSLContext:
+    """PEM certificates as Flink's client takes them: in files, or in the properties themselves."""
+    try:
+        context = ssl.create_default_context(
+            cafile=given.get("ssl.truststore.location"), cadata=given.get("ssl.truststore.certificates")
+        )
+        with _own_certificate(given) as path:
+            if path is not None:
+                context.load_cert_chain(path, password=given.get("ssl.key.password", ""))
+    except (OSError, ValueError) as error:  # what `ssl` raises is an OSError too
+        raise ConfigError(f"kafka.properties.ssl: the certificates cannot be read: {error}") from error
+    if given.get("ssl.endpoint.identification.algorithm") == "":
+        context.check_hostname = False
+    return context
+
+
+@contextlib.contextmanager
+def _own_certificate(given: Mapping[str, str]) -> Iterator[str | None]:
+    if "ssl.keystore.key" not in given:
+        yield given.get("ssl.keystore.location")
+        return
+    with tempfile.NamedTemporaryFile("w") as file:  # Python reads a key from a file only; this one is private
+        file.write(given["ssl.keystore.key"] + "\n" + given.get("ssl.keystore.certificate.chain", ""))
+        file.flush()
+        yield file.name
 
 
 def check_reachable(settings: KafkaSettings) -> None:
     """Raises ConfigError when nothing listens at any of the bootstrap servers."""
-    for server in settings.bootstrap_servers.split(","):
-        host, _, port = server.strip().rpartition(":")
-        if not host or not port.isdigit():
-            raise ConfigError(f"kafka.bootstrap_servers: {server!r} is not HOST:PORT")
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), PROBE_MS / 1000):
+    for address in addresses(settings):
+        with contextlib.suppress(OSError), socket.create_connection(address, PROBE_MS / 1000):
             return
     raise ConfigError(
         f"kafka.bootstrap_servers: no broker answers at {settings.bootstrap_servers}; "
@@ -75,29 +130,59 @@ def check_reachable(settings: KafkaSettings) -> None:
     )
 
 
-def check_transaction_timeout(settings: KafkaSettings) -> None:
-    """Raises ConfigError when the broker would refuse the transactions.
+def missing_topics(settings: KafkaSettings, topics: list[str]) -> list[str]:
+    """Which of `topics` the cluster does not show. Raises ConfigError when it cannot be asked."""
+    from kafka import KafkaAdminClient  # slow to import
+    from kafka.errors import KafkaError
+
+    try:
+        admin = KafkaAdminClient(**client_options(settings), request_timeout_ms=PROBE_MS, bootstrap_timeout_ms=PROBE_MS)
+        try:
+            return sorted(set(topics) - set(admin.list_topics()))
+        finally:
+            admin.close()
+    except KafkaError as error:
+        raise ConfigError(f"kafka: {settings.bootstrap_servers} cannot be asked: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """A Kafka error's own message: the broker's where there is one, without number, class and request."""
+    text = " ".join(str(error.args[0]).split()) if error.args else type(error).__name__
+    said = re.search(r"""error_message=(["'])(.+?)\1[,)]""", text)
+    return said[2] if said else text
+
+
+def check_transaction_timeout(settings: KafkaSettings) -> str | None:
+    """Raises ConfigError when the broker would refuse the transactions; else None, or why that is not known.
 
     Where its configuration cannot be read from here (another network, a keystore, no permission) that is
     a warning: the job may well be able to run.
     """
-    try:
-        limit = _transaction_limit(settings)
-    except Exception as error:  # a client of its own, with less of the security settings than Flink's
-        log.warning("the broker's %s could not be read from here: %s: %s", _MAXIMUM, type(error).__name__, error)
-        return
+    why = beyond_this_client(settings)
+    limit = None
+    if why is None:
+        try:
+            limit = _transaction_limit(settings)
+        except Exception as error:  # a client of its own, with less of the security settings than Flink's
+            why = f"{type(error).__name__}: {reason(error)}"
+        else:
+            why = None if limit is not None else "the broker does not show it"
+    if why is not None:
+        log.warning("the broker's %s could not be read from here: %s", _MAXIMUM, why)
+        return f"the broker's {_MAXIMUM} could not be read: {why}"
     if limit is not None and settings.transaction_timeout_ms > limit:
         raise ConfigError(
             f"kafka.transaction_timeout_ms is {settings.transaction_timeout_ms}, the broker's "
             f"{_MAXIMUM} is {limit}: lower the first or raise the second"
         )
+    return None
 
 
 def _transaction_limit(settings: KafkaSettings) -> int | None:
     from kafka import KafkaAdminClient  # slow to import
     from kafka.admin import ConfigResource, ConfigResourceType
 
-    admin = KafkaAdminClient(**client_options(settings), request_timeout_ms=PROBE_MS)
+    admin = KafkaAdminClient(**client_options(settings), request_timeout_ms=PROBE_MS, bootstrap_timeout_ms=PROBE_MS)
     try:
         broker = str(admin.describe_cluster()["brokers"][0]["broker_id"])
         wanted = [ConfigResource(ConfigResourceType.BROKER, broker)]

@@ -1,7 +1,13 @@
-"""Messages about names that do not exist, with the one that was probably meant."""
+"""Messages about names that do not exist or that nobody takes."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+from flink_llm.errors import ConfigError
+
+_TOPIC = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
+_MODEL = re.compile(r"(?!\.)[A-Za-z0-9._-]+")
 
 
 def unknown(where: str, name: str, known: Iterable[str]) -> str:
@@ -10,3 +16,15 @@ def unknown(where: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
     return f"{where}: unknown name {name!r}; {hint}"
+
+
+def check_topic(where: str, name: str) -> None:
+    """Raises ConfigError for a topic name that no broker takes."""
+    if _TOPIC.fullmatch(name) is None:
+        raise ConfigError(f"{where}: no broker takes {name!r}: at most 249 letters, digits, '.', '_' and '-'")
+
+
+def check_model(where: str, name: str) -> None:
+    """Raises ConfigError for a model name that cannot be a folder's name everywhere."""
+    if _MODEL.fullmatch(name) is None:
+        raise ConfigError(f"{where}: {name!r} is no model name: letters, digits, '.', '_' and '-', no '.' in front")

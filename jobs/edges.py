@@ -1,6 +1,7 @@
 """What every job has in common: where its requests come from, where its outcomes go, how it starts."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,11 @@ from pyflink.datastream.connectors.file_system import FileSink, FileSource, Outp
 from flink_llm import config, environment, kafka
 from flink_llm.config import JobConfig
 from flink_llm.errors import FlinkLlmError
-from flink_llm.kafka_settings import check_reachable
+from flink_llm.local import checks
+from flink_llm.local.cluster import last_words
 from flink_llm.udfs.async_operator import Outputs
+
+log = logging.getLogger(__name__)
 
 
 def requests(env: StreamExecutionEnvironment, tables: Any, settings: JobConfig) -> DataStream:
@@ -45,20 +49,28 @@ def write(tables: Any, outputs: Outputs, settings: JobConfig) -> None:
 
 
 def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], arguments: list[str] | None = None) -> Any:
-    """The `main` of a job: reads `--config`, builds, runs; a configuration error is one line, status 2."""
+    """The `main` of a job: reads `--config`, builds, runs.
+
+    What is wrong before the start is one line and exit status 2, a job that ends in an error status 1.
+    """
     parser = argparse.ArgumentParser(description="A job of flink-llm.")
     parser.add_argument("--config", required=True, help="the job's YAML file")
     args = parser.parse_args(arguments)
     try:
         settings = config.load(args.config)
+        if not environment.submitted():  # a cluster may reach what this machine cannot
+            checks.before_start(settings)
         env = environment.environment(settings.flink.properties)
-        if settings.files is None and not environment.submitted():  # a cluster may reach what this machine cannot
-            check_reachable(settings.kafka)
         build(env, settings)
     except FlinkLlmError as error:
         print(f"flink-llm: {error}", file=sys.stderr)
         sys.exit(2)
-    return env.execute(settings.name)
+    try:
+        return env.execute(settings.name)
+    except Exception as error:  # Py4J's and PyFlink's errors share no base class, and hold a trace of Java's
+        log.info("the job %s", settings.name, exc_info=True)
+        print(f"flink-llm: the job failed: {last_words(str(error))}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _value(row: Any) -> str:

@@ -1,6 +1,7 @@
 """How to reach the model host of a device. No ONNX Runtime here: workers stay light."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -39,7 +40,6 @@ def resolve_device(device: str, environ: Mapping[str, str] = os.environ) -> str:
     if device == "auto":
         visible = environ.get("CUDA_VISIBLE_DEVICES", "")
         return "cuda:0" if visible not in ("", "-1") else "cpu"
-    kind, _, number = device.partition(":")
-    if device != "cpu" and (kind != "cuda" or not (number or "0").isdigit()):
+    if re.fullmatch(r"cpu|cuda(:[0-9]+)?", device) is None:
         raise ConfigError(f"host.device is {device!r}: use auto, cpu, cuda or cuda:N")
     return "cuda:0" if device == "cuda" else device

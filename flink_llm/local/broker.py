@@ -6,16 +6,18 @@ import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock
 
 from flink_llm.errors import ConfigError, LocalError
+from flink_llm.kafka_settings import reason
 from flink_llm.local import jars, processes
+from flink_llm.names import check_topic
 
 START_S = 60.0
-_TOPIC = re.compile(r"([a-zA-Z0-9._-]{1,249})(?::([1-9][0-9]{0,4}))?")
+_TOPIC = re.compile(r"([^:]+)(?::([1-9][0-9]{0,3}))?")
 TOPICS = ("chat.requests", "chat.tokens", "chat.responses", "chat.failures")
 SETTINGS = """\
 process.roles=broker,controller
@@ -51,6 +53,7 @@ class Broker:
     """
 
     def __init__(self, state: Path, port: int | None = None) -> None:
+        self._state = state
         self._folder = state / "kafka"
         self._wanted = port
         self._config = self._folder / "server.properties"
@@ -83,29 +86,49 @@ class Broker:
         """
         topics = list(topics)
         _partitions(topics)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._folder / "up.lock"):
-                if self.process is None:
-                    self._start()
-        except OSError as error:
-            raise LocalError(f"{self._folder} cannot be written: {error.strerror or error}") from error
+        with self._locked():
+            if self.process is None:
+                self._folder.mkdir(exist_ok=True)
+                self._start()
         if self._wanted not in (None, self.port):
             raise LocalError(f"the broker is up at port {self.port} already: run `flink-llm local down` first")
         create_topics(self.bootstrap_servers, topics)
 
     def down(self) -> bool:
-        """Stops the broker; whether one was running."""
+        """Stops the broker; whether one was running. Raises LocalError: a folder that cannot be written."""
+        if not self._state.exists():
+            return False
+        with self._locked():
+            return self._stop()
+
+    def wipe(self) -> bool:
+        """Stops the broker and deletes all it has stored; whether one was running. Raises LocalError."""
+        if not self._state.exists():
+            return False
+        with self._locked():
+            was_up = self._stop()
+            if self._folder.exists():
+                shutil.rmtree(self._folder)
+        return was_up
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One command at a time; the lock lies beside the folder, which `wipe` deletes."""
+        try:
+            self._state.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._state / "kafka.lock"):
+                yield
+        except OSError as error:
+            where = error.filename or self._folder
+            raise LocalError(f"{where} cannot be written: {error.strerror or error}") from error
+
+    def _stop(self) -> bool:
         started = self.process
         if started is not None:
             processes.stop(started)
-        self._pid.unlink(missing_ok=True)
+        if self._folder.exists():
+            self._pid.unlink(missing_ok=True)
         return started is not None
-
-    def wipe(self) -> None:
-        """Stops the broker and deletes all it has stored."""
-        self.down()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
         port = self._wanted or (self.port if self._config.exists() else processes.free_port())
@@ -115,12 +138,11 @@ class Broker:
         text = SETTINGS.format(port=port, controller=processes.free_port(), data=data)
         self._config.write_text(text)
         classpath = os.pathsep.join(str(jar) for jar in jars.jars("broker"))
-        java = [jars.program("java"), "-Xmx512m", "-XX:+UseSerialGC", "-cp", classpath]
+        java = [jars.java()[0], "-Xmx512m", "-XX:+UseSerialGC", "-cp", classpath]
         if not (data / "meta.properties").exists():
             self._format(java)
         command = [*java, "-Dorg.slf4j.simpleLogger.showDateTime=true", "kafka.Kafka", str(self._config)]
-        started = processes.start(command, self._log)
-        processes.remember(started, self._pid)
+        started = processes.start(command, self._log, file=self._pid)
         processes.wait_until_answers(port, started, self._log, START_S, "the Kafka broker")
 
     def _format(self, java: list[str]) -> None:
@@ -151,17 +173,19 @@ def create_topics(bootstrap_servers: str, topics: Iterable[str]) -> None:
         finally:
             admin.close()
     except KafkaError as error:
-        raise LocalError(f"the broker at {bootstrap_servers} refuses: {error}") from error
+        raise LocalError(f"the broker at {bootstrap_servers} refuses: {reason(error)}") from error
 
 
 def _partitions(topics: Iterable[str]) -> dict[str, int]:
     """Partitions by topic name."""
-    wanted = {}
+    wanted: dict[str, int] = {}
     for topic in topics:
         found = _TOPIC.fullmatch(topic)
         if found is None:
-            raise ConfigError(
-                f"topic {topic!r}: write NAME or NAME:PARTITIONS, the name of letters, digits, '.', '_' and '-'"
-            )
+            raise ConfigError(f"topic {topic!r}: write NAME or NAME:PARTITIONS, at most 9999 of them")
+        check_topic("topic", found[1])
+        for other in wanted:  # a metric's name has '_' for both
+            if other != found[1] and other.replace(".", "_") == found[1].replace(".", "_"):
+                raise ConfigError(f"topic {topic!r}: no broker takes it beside {other!r}")
         wanted[found[1]] = int(found[2] or 1)
     return wanted

@@ -120,7 +120,7 @@ class Cluster:
         ran = subprocess.run(command, capture_output=True, text=True, env=self._environ())
         found = _JOB_ID.search(ran.stdout)
         if ran.returncode or found is None:
-            raise LocalError(f"the job was not submitted: {_last_words(ran.stdout or ran.stderr)}")
+            raise LocalError(f"the job was not submitted: {last_words(ran.stdout or ran.stderr)}")
         return found[1]
 
     def wait_running(self, job_id: str, patience: float = RUNNING_S) -> None:
@@ -190,7 +190,7 @@ class Cluster:
             with urllib.request.urlopen(request, timeout=REST_TIMEOUT_S) as answer:
                 return json.loads(answer.read() or b"{}")
         except urllib.error.HTTPError as error:
-            raise LocalError(f"{method} {path}: {_last_words(error.read().decode(errors='replace'))}") from error
+            raise LocalError(f"{method} {path}: {last_words(error.read().decode(errors='replace'))}") from error
         except OSError as error:
             raise LocalError(f"no cluster answers at {self.url}: {error}") from error
 
@@ -203,7 +203,7 @@ class Cluster:
                 operation = answer["operation"]
                 if "location" not in operation:
                     cause = operation.get("failure-cause", {}).get("stack-trace", "no reason given")
-                    raise LocalError(f"no savepoint of job {job_id}: {_last_words(cause)}")
+                    raise LocalError(f"no savepoint of job {job_id}: {last_words(cause)}")
                 return str(operation["location"])
             time.sleep(POLL_S)
         raise LocalError(f"no savepoint of job {job_id} within {SAVEPOINT_S:.0f} s")
@@ -260,13 +260,13 @@ class Cluster:
         environ |= {name: str(self._home / folder) for name, folder in own.items()}
         # The pip package's own folders: Flink does not look into a linked `opt`.
         environ |= {f"FLINK_{name.upper()}_DIR": str(_flink() / name) for name in ("opt", "plugins")}
-        java = Path(jars.program("java")).resolve()
+        java = Path(jars.java()[0]).resolve()
         return {**environ, "_FLINK_HOME_DETERMINED": "1", "JAVA_HOME": str(java.parents[1])}
 
     def _start(self, name: str, script: str) -> None:
         command = ["bash", str(self._home / "bin" / script), "start-foreground"]
-        started = processes.start(command, self.logs / f"{name}.out", self._environ())
-        processes.remember(started, self._home / f"{name}.pid.json")
+        file = self._home / f"{name}.pid.json"
+        processes.start(command, self.logs / f"{name}.out", self._environ(), file=file)
 
     def _started(self, pattern: str = "*") -> list[processes.Started]:
         found = [processes.recall(file) for file in sorted(self._home.glob(f"{pattern}.pid.json"))]
@@ -280,7 +280,7 @@ class Cluster:
 
     def _root_cause(self, job_id: str) -> str:
         entries = self.rest(f"/jobs/{job_id}/exceptions")["exceptionHistory"]["entries"]
-        return _last_words(entries[0]["stacktrace"]) if entries else "no reason given"
+        return last_words(entries[0]["stacktrace"]) if entries else "no reason given"
 
 
 def _flink() -> Path:
@@ -290,12 +290,20 @@ def _flink() -> Path:
     return Path(spec.origin).parent
 
 
-def _last_words(text: str) -> str:
-    """The innermost cause of a Java stack trace, else the last line that is no stack frame."""
+def flink_script() -> str | None:
+    """The pip package's own `flink`, None where it cannot be run: a wheel does not always keep the run bit."""
+    return shutil.which(str(_flink() / "bin" / "flink"))
+
+
+def last_words(text: str) -> str:
+    """The innermost cause of a Java stack trace, a Python error inside it before all, else the last line."""
     lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("at ", "... "))]
-    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
-    return (causes or lines or ["no reason given"])[-1][:400]
+    first = max((number for number, line in enumerate(lines) if line.startswith("Caused by: ")), default=None)
+    if first is None:
+        return (lines or ["no reason given"])[-1][:400]
+    python = "Traceback (most recent call last)" in lines[first]
+    return (lines[-1] if python else lines[first]).removeprefix("Caused by: ")[:400]
 
 
 def _command_line(process: psutil.Process) -> list[str]:

@@ -1,8 +1,10 @@
 """The demo and the first look: the real job over a real broker, real features and the shipped model."""
 
+import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
@@ -73,11 +76,17 @@ def prepare(state: Path) -> FeatureSettings:
 def configuration(state: Path, **changes: Any) -> dict[str, Any]:
     """The main job's configuration for this machine, as plain values."""
     raw: dict[str, Any] = yaml.safe_load((shipped("jobs") / CONFIG).read_text())
-    raw["models"] = {"support-chat": str(demo_model())}
+    raw["models"] = changes.pop("models", None) or {"support-chat": str(demo_model())}
     raw["features"] = {"repo": str(shipped("feature_repo")), "state": str(state / "features")}
     raw.pop("kafka")
     raw["host"] = {"linger_s": LINGER_S}
     return {**raw, **changes}
+
+
+def forget(state: Path) -> None:
+    """Deletes the demo's features below `state`. Raises OSError."""
+    if (state / "features").exists():
+        shutil.rmtree(state / "features")
 
 
 def ask(question: str, user: str, state: Path) -> None:
@@ -131,30 +140,52 @@ class Demo:
         self._events = events
         self._console = Console()
         self._broker = Broker(state)
-        self._job: processes.Started | None = None
+        self._broker_was_up = False
+        self._job_file = state / "demo.json"
         self._log = state / "demo.log"
         self._sent: dict[str, float] = {}
         self._clients: list[Any] = []
 
-    def run(self) -> None:
-        """The whole demo. Raises LocalError; Ctrl-C ends it."""
+    def run(self) -> bool:
+        """The whole demo; whether every sample event got a reply.
+
+        Raises LocalError. Ctrl-C, SIGTERM and SIGHUP end it as they do any command, but at the prompt
+        Ctrl-C is the end like any other; nothing cuts the clean-up.
+        """
         demo_model()
         self._state.mkdir(parents=True, exist_ok=True)
-        broker_was_up = self._broker.process is not None
         try:
-            self._start()
-            self._sample()
-            if sys.stdin.isatty() and sys.stdout.isatty():
+            with FileLock(self._state / "demo.lock", timeout=0):
+                self._stop_job()  # of a demo that was killed
+                self._broker_was_up = self._broker.process is not None
+                with processes.cleaned_up(self._clean_up):
+                    return self._play()
+        except Timeout as error:
+            raise LocalError(f"a demo runs in {self._state} already: give another folder with --state") from error
+
+    def _play(self) -> bool:
+        self._start()
+        good = self._sample()
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            with contextlib.suppress(EOFError, KeyboardInterrupt):
                 self._converse()
-        except KeyboardInterrupt:
-            self._console.print("\nstopping ...")
-        finally:
-            if self._job is not None:
-                processes.stop(self._job)
+        return good
+
+    def _clean_up(self) -> None:
+        with contextlib.ExitStack() as stack:  # the last one first, and each whatever the others raise
+            if not self._broker_was_up:
+                stack.callback(self._broker.down)
             for client in self._clients:
-                client.close()
-            if not broker_was_up:
-                self._broker.down()
+                stack.callback(client.close)
+            stack.callback(self._stop_job)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._console.print("\nstopping ...")
+
+    def _stop_job(self) -> None:
+        job = processes.recall(self._job_file)
+        if job is not None:
+            processes.stop(job)
+        self._job_file.unlink(missing_ok=True)
 
     def _start(self) -> None:
         with self._console.status("starting a Kafka broker ..."):
@@ -169,7 +200,7 @@ class Demo:
         self._follow()
         command = [sys.executable, "-m", "flink_llm", "run", str(config)]
         self._log.unlink(missing_ok=True)
-        self._job = processes.start(command, self._log, {**os.environ, "PYTHONUNBUFFERED": "1"})
+        processes.start(command, self._log, {**os.environ, "PYTHONUNBUFFERED": "1"}, file=self._job_file)
         with self._console.status("starting the Flink job on a mini-cluster ..."):
             self._warm_up()
         self._console.print(f"the job runs (log: {self._log})\n")
@@ -212,7 +243,7 @@ class Demo:
                     yield record.topic, json.loads(record.value)
 
     def _check_job(self) -> None:
-        if self._job is not None and self._job.process() is None:
+        if processes.recall(self._job_file) is None:
             lines = self._log.read_text(errors="replace").strip().splitlines()
             raise LocalError(f"the job ended: {lines[-1] if lines else 'no output'} (log: {self._log})")
 
@@ -223,7 +254,8 @@ class Demo:
                 return
         raise LocalError(f"the job gave no answer within {START_S:.0f} s (log: {self._log})")
 
-    def _sample(self) -> None:
+    def _sample(self) -> bool:
+        """Sends the sample events and reports; whether each got a reply."""
         orders = [row["order_id"] for row in demo_data.orders()]
         questions = itertools.cycle(QUESTIONS)
         began = time.monotonic()
@@ -253,6 +285,7 @@ class Demo:
             if len(latency) == self._events:
                 break
         self._report(latency, list(first.values()), responses, failures, time.monotonic() - began)
+        return len(responses) == self._events
 
     def _report(
         self,

@@ -6,6 +6,7 @@ The cache is `$FLINK_LLM_CACHE`, else `~/.cache/flink-llm`. Coordinates and vers
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ INSTALL = {
     "java": "apt-get install -y openjdk-17-jre-headless",
     "mvn": "apt-get install -y maven",
 }
+OLDEST_JAVA = 17
 Group = Literal["connector", "broker"]
 
 
@@ -39,6 +41,23 @@ def program(name: str) -> str:
     if found is None:
         raise LocalError(f"{name} is not installed: run `{INSTALL[name]}` (as root), then try again")
     return found
+
+
+def java() -> tuple[str, int]:
+    """The path of a Java that Flink and Kafka run on, and its version. Raises LocalError."""
+    path = program("java")
+    try:
+        said = subprocess.run([path, "-version"], capture_output=True, text=True).stderr
+    except OSError as error:
+        raise LocalError(f"{path} cannot be run: {error.strerror or error}") from error
+    found = re.search(r'version "(\d+)', said)
+    version = int(found[1]) if found else 0
+    if version < OLDEST_JAVA:
+        raise LocalError(
+            f"{path} is Java {version or 'of an unknown version'}, Java {OLDEST_JAVA} or later is needed: "
+            f"run `{INSTALL['java']}` (as root), or set JAVA_HOME"
+        )
+    return path, version
 
 
 def jars(group: Group) -> list[Path]:

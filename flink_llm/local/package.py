@@ -1,19 +1,27 @@
 """What a submission to a cluster needs, in one folder: connector jar, job file, configuration, models."""
 
 import importlib.metadata
+import os
 import shlex
 import shutil
 import sys
-from importlib.metadata import entry_points
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from msgspec import Struct
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from flink_llm import config_file
 from flink_llm.config import JobConfig, load
-from flink_llm.errors import ConfigError, LocalError
-from flink_llm.local import jars
-from flink_llm.names import unknown
+from flink_llm.engine.model import MANIFEST, ModelFolder, open_model_folder
+from flink_llm.errors import LocalError
+from flink_llm.kafka_settings import PATHS
+from flink_llm.local import checks, cluster, jars
+from flink_llm.secrets import literal
 
 JOB = """\
 # Submitted by `flink run -py`; runs the installed job {name!r}.
@@ -24,45 +32,137 @@ job.load().main()
 """
 
 
-def pack(config: Path, to: Path) -> str:
-    """Makes the folder `to`; gives the line that submits it. Raises ConfigError, LocalError."""
-    settings = load(config)
-    known = {entry.name for entry in entry_points(group="flink_llm.jobs")}
-    if settings.job not in known:
-        raise ConfigError(unknown("job", settings.job, known))
+class Packed(Struct, frozen=True):
+    """`line` submits the job; `notes` say what is in the folder and what the cluster needs besides."""
+
+    line: str
+    notes: list[str]
+
+
+def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ) -> Packed:
+    """Makes the folder `to`, whole or not at all. Raises ConfigError, ModelFolderError, LocalError.
+
+    `${NAME}` references stay in the configuration, and need not be set: the client of the submission
+    replaces them.
+    """
+    settings = load(config, environ, strict=False)
+    _check_known(config, environ)
+    checks.job(settings.job)
+    models = {name: open_model_folder(folder) for name, folder in checks.served(settings).items()}
+    moved = _moved(config, settings)
+    needed = requirements(checks.FLAVOURS[checks.flavour()])
+    jar = jars.connector_jar()
     if to.exists():
         raise LocalError(f"{to} exists already: choose another folder, or remove it")
     try:
-        to.mkdir(parents=True)
-        jar = Path(shutil.copy(jars.connector_jar(), to)).absolute()
-        (to / "job.py").write_text(JOB.format(name=settings.job))
-        for name, folder in settings.models.items():
-            shutil.copytree(folder, to / "models" / name)
-        if settings.features is not None:
-            ignored = shutil.ignore_patterns("data", "__pycache__")
-            shutil.copytree(settings.features.repo, to / "feature_repo", ignore=ignored)
-        (to / "config.yaml").write_text(yaml.safe_dump(_moved(config, settings), sort_keys=False))
-        version = importlib.metadata.version("flink-llm")
-        (to / "requirements.txt").write_text(f"flink-llm[cpu]=={version}\n")
+        to.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=to.absolute().parent, prefix=f".{to.name}-") as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir()
+            shutil.copy(jar, made)
+            (made / "job.py").write_text(JOB.format(name=settings.job))
+            (made / "requirements.txt").write_text("".join(f"{line}\n" for line in needed))
+            for name, opened in models.items():
+                _copy_model(opened, Path(settings.models[name]), made / "models" / name)
+            if settings.features is not None and moved["features"]["repo"] == "feature_repo":
+                ignored = shutil.ignore_patterns("data", "__pycache__")
+                shutil.copytree(settings.features.repo, made / "feature_repo", ignore=ignored)
+            secrets = list(literal(moved))
+            file = made / "config.yaml"
+            file.touch(0o600 if secrets else 0o666)
+            file.write_text(yaml.safe_dump(moved, sort_keys=False, allow_unicode=True))
+            made.rename(to)
     except OSError as error:
         raise LocalError(f"{to} cannot be written: {error.strerror or error}") from error
+    return _described(to.absolute(), jar.name, settings, secrets, needed[0])
+
+
+def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], own: str) -> Packed:
+    script = None if shutil.which("flink") else cluster.flink_script()
     python = sys.executable
     line = [
-        "flink", "run", "-d", "-j", str(jar), "-pyexec", python, "-pyclientexec", python,
-        "-py", str((to / "job.py").absolute()), "--config", str((to / "config.yaml").absolute()),
+        script or "flink", "run", "-d", "-j", str(to / jar),
+        "-pyexec", python, "-pyclientexec", python, "-py", str(to / "job.py"), "--config", str(to / "config.yaml"),
     ]  # fmt: skip
-    return shlex.join(line)
+    notes = [
+        f"{to} holds the connector jar, job.py, config.yaml, requirements.txt{', models' if settings.models else ''}"
+        f"{', feature_repo' if (to / 'feature_repo').exists() else ''}; every task manager reads it at this path",
+        f"Python must be at {python} on every task manager: python -m venv FOLDER, then FOLDER/bin/pip install -r "
+        f"requirements.txt ({own} from an index or a wheel of yours); or pack that FOLDER's content as venv.zip and "
+        f"submit with `-pyarch venv.zip -pyexec venv.zip/bin/python` instead",
+    ]
+    if script is None and not shutil.which("flink"):
+        notes.append("there is no `flink` here: the one in the line is your cluster's")
+    if settings.features is not None:
+        where = settings.features.state or settings.features.repo
+        notes.append(f"features: registry and online store ({where} if they are files) must be reachable everywhere")
+    for key in secrets:
+        notes.append(f"warning: {key} is written out in config.yaml: put ${{NAME}} there, and the value into $NAME")
+    return Packed(shlex.join(line), notes)
+
+
+def requirements(flavour: str) -> list[str]:
+    """Pinned lines for flink-llm with that extra and all it needs, as they are installed here."""
+    pinned: dict[str, str] = {}
+    wanted = [Requirement(f"flink-llm[{flavour}]")]
+    seen = set()
+    while wanted:
+        each = wanted.pop()
+        name, extras = canonicalize_name(each.name), frozenset(each.extras)
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise LocalError(f"{name} is not installed: pip install 'flink-llm[{flavour}]'") from error
+        pinned.setdefault(name, found.version)
+        for line in found.requires or []:
+            needed = Requirement(line)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras or {""}):
+                wanted.append(needed)
+    own = pinned.pop("flink-llm")
+    return [f"flink-llm[{flavour}]=={own}", *(f"{name}=={version}" for name, version in sorted(pinned.items()))]
+
+
+def _copy_model(opened: ModelFolder, source: Path, to: Path) -> None:
+    """Writes the bytes that were checked, and checks what was written."""
+    to.mkdir(parents=True)
+    for name, data in opened.files.items():
+        (to / name).write_bytes(data)
+    (to / MANIFEST).write_bytes((source / MANIFEST).read_bytes())
+    open_model_folder(to, opened.sha256)
+
+
+def _check_known(config: Path, environ: Mapping[str, str]) -> None:
+    """Raises ConfigError where a folder that is to be packed depends on a variable that is not set."""
+    raw = config_file.read(config)
+    packed = {"models": raw.get("models") or {}, "features": {"repo": (raw.get("features") or {}).get("repo")}}
+    config_file.resolve(packed, config.absolute().parent, environ)
 
 
 def _moved(config: Path, settings: JobConfig) -> dict[str, Any]:
-    """The file as it was written, `${NAME}`s unresolved since secrets are among them, with new paths."""
-    raw: dict[str, Any] = yaml.safe_load(config.read_text())
-    if settings.models:
-        raw["models"] = {name: f"models/{name}" for name in settings.models}
+    """The file as it was written, references unresolved since secrets are among them, with new paths.
+
+    A path that holds a reference stays: where it leads is known on the cluster only. Without
+    `features.state` a repository keeps its registry in itself, and is used where it is.
+    """
+    raw = config_file.moved(config_file.read(config), config.absolute().parent)
+    for name in checks.served(settings):
+        raw["models"][name] = f"models/{name}"
+    places: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("flink", settings.flink, ("checkpoint_dir",)),
+        ("host", settings.host, ("socket_dir",)),
+        ("files", settings.files, ("requests", "outcomes")),
+        ("features", settings.features, ("repo", "state")),
+    ]
+    for section, values, names in places:
+        for name in names:
+            if "${" not in str((raw.get(section) or {}).get(name) or "${"):
+                raw[section][name] = getattr(values, name)
+    properties = raw.get("kafka", {}).get("properties", {})
+    for name in [name for name in properties if name in PATHS and "${" not in str(properties[name])]:
+        properties[name] = settings.kafka.properties[name]
     if settings.features is not None:
-        raw["features"]["repo"] = "feature_repo"
-        if settings.features.state is not None and "${" not in raw["features"]["state"]:
-            raw["features"]["state"] = settings.features.state
-    if settings.files is not None:
-        raw["files"] = {"requests": settings.files.requests, "outcomes": settings.files.outcomes}
+        raw["features"]["repo"] = "feature_repo" if raw["features"].get("state") else settings.features.repo
     return raw

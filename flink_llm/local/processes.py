@@ -5,15 +5,19 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 from msgspec import Struct
 
 from flink_llm.errors import LocalError
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Started(Struct, frozen=True):
@@ -32,35 +36,107 @@ class Started(Struct, frozen=True):
         return process if alive else None
 
 
-def start(command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> Started:
-    """Starts a command in a session of its own, its output in `log`. Raises LocalError."""
-    try:
-        with log.open("ab") as output:
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, close_fds=True, env=environ,
-            )  # fmt: skip
-    except OSError as error:
-        raise LocalError(f"{command[0]} cannot be started: {error.strerror or error}") from error
-    return Started(child.pid, psutil.Process(child.pid).create_time())
+def start(
+    command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None, *, file: Path | None = None
+) -> Started:
+    """Starts a command in a session of its own, its output in `log`. Raises LocalError.
+
+    `file` remembers it for a later command: a signal that arrives meanwhile waits until it is written.
+    """
+    with _signals_later():
+        try:
+            with log.open("ab") as output:
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    start_new_session=True, close_fds=True, env=environ,
+                )  # fmt: skip
+        except OSError as error:
+            raise LocalError(f"{command[0]} cannot be started: {error.strerror or error}") from error
+        started = Started(child.pid, psutil.Process(child.pid).create_time())
+        if file is not None:
+            try:
+                file.write_bytes(msgspec.json.encode(started))
+            except OSError as error:
+                stop(started)
+                raise LocalError(f"{file} cannot be written: {error.strerror or error}") from error
+    return started
 
 
 def stop(started: Started, patience: float = 15.0) -> None:
-    """Ends a process and its session: politely, then after `patience` seconds by force."""
-    process = started.process()
-    if process is None:
-        return
+    """Ends a process and its group: politely, then whoever is left after `patience` seconds by force."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signum)
-        with contextlib.suppress(psutil.Error):
-            process.wait(patience)
-            return
+        members = _group(started)
+        if members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(started.pid, signum)
+            psutil.wait_procs(members, patience)
 
 
-def remember(started: Started, file: Path) -> None:
-    """Writes a process down for a later command."""
-    file.write_bytes(msgspec.json.encode(started))
+def _group(started: Started) -> list[psutil.Process]:
+    """Who is left of its group; nobody when its id is another process's by now."""
+    with contextlib.suppress(psutil.Error):
+        if abs(psutil.Process(started.pid).create_time() - started.created) >= 1:
+            return []
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(process.pid) == started.pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _handled() -> dict[int, Any]:
+    """The signals that end a command and their handlers; those that are ignored stay so."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    handlers = {signum: signal.getsignal(signum) for signum in ENDING}
+    return {signum: handler for signum, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    caught: list[int] = []
+    before = _handled()
+    for signum in before:
+        signal.signal(signum, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for signum in caught:
+            signal.raise_signal(signum)
+
+
+@contextlib.contextmanager
+def cleaned_up(clean: Callable[[], None]) -> Iterator[None]:
+    """Calls `clean` at the end, whatever the end is; no further signal cuts it.
+
+    SIGINT is a KeyboardInterrupt within, SIGTERM and SIGHUP a SystemExit of 128 and their number.
+    """
+    before = _handled()
+
+    def ignore() -> None:
+        for signum in before:
+            signal.signal(signum, signal.SIG_IGN)
+
+    def end(signum: int, frame: object) -> None:
+        ignore()
+        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+    for signum in before:
+        signal.signal(signum, end)
+    try:
+        try:
+            yield
+        finally:
+            ignore()
+    finally:  # a signal that arrived before `ignore` was through ends up here too, and ignores the next
+        try:
+            clean()
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
 
 def recall(file: Path) -> Started | None:

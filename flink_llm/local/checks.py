@@ -1,0 +1,205 @@
+"""What a job needs, a function for each part: for the doctor, and before a job starts here.
+
+Each gives a few words about what it found and raises a FlinkLlmError, one line that says what to do.
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from flink_llm.config import JobConfig
+from flink_llm.engine.settings import HostSettings, resolve_device
+from flink_llm.errors import ConfigError, LocalError
+from flink_llm.kafka_settings import beyond_this_client, check_reachable, check_transaction_timeout, missing_topics
+from flink_llm.local import jars
+from flink_llm.names import unknown
+
+FLAVOURS = {"onnxruntime": "cpu", "onnxruntime-gpu": "gpu"}
+
+
+def before_start(config: JobConfig) -> None:
+    """All that would otherwise end in a job that restarts for ever, for a job on this machine."""
+    gpu(config.host)
+    if config.files is not None:
+        requests(config)
+    else:
+        kafka(config)
+        topics(config)
+    for folder in served(config).values():
+        model(folder)
+    if config.features is not None:
+        features(config)
+
+
+def job(name: str) -> EntryPoint:
+    """The installed job of that name."""
+    found = {entry.name: entry for entry in entry_points(group="flink_llm.jobs")}
+    if name not in found:
+        raise ConfigError(unknown("job", name, found))
+    return found[name]
+
+
+def python() -> str:
+    """This interpreter's version."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] not in ((3, 11), (3, 12)):
+        raise ConfigError(f"this is Python {version}: use 3.11 or 3.12")
+    return f"{version} at {sys.executable}"
+
+
+def java() -> str:
+    """Java's version."""
+    path, version = jars.java()
+    return f"{version} at {path}"
+
+
+def connector() -> str:
+    """The connector jar, and whether this Flink is one that it runs on."""
+    flink = importlib.metadata.version("apache-flink")
+    jar = jars.connector_jar().name
+    built_for = re.search(r"-(\d+)\.(\d+)\.jar$", jar)
+    if built_for is not None:
+        here, there = _release(flink), (int(built_for[1]), int(built_for[2]))
+        if here[0] != there[0] or here < there:
+            raise ConfigError(
+                f"{jar} is for Flink {there[0]}.{there[1]} and later {there[0]}.x, this is Flink {flink}: "
+                f"install flink-llm anew, which brings both"
+            )
+    return f"Flink {flink}, {jar}"
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def flavour() -> str:
+    """The one ONNX Runtime package that is installed."""
+    found = [name for name in FLAVOURS if _installed(name)]
+    if not found:
+        raise ConfigError("ONNX Runtime is not installed: pip install 'flink-llm[cpu]' (or [gpu])")
+    if len(found) == 2:
+        raise ConfigError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "pip uninstall both, then install one"
+        )
+    return found[0]
+
+
+def onnxruntime() -> str:
+    """ONNX Runtime's flavour and version."""
+    name = flavour()
+    return f"{name} {importlib.metadata.version(name)}"
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def gpu(host: HostSettings) -> str:
+    """What `host.device` means on this machine; a GPU that is asked for must be there."""
+    device = resolve_device(host.device)
+    seen = _gpus()
+    if device == "cpu":
+        idle = f"; not used: {', '.join(seen)} (host.device: cuda, or CUDA_VISIBLE_DEVICES)" if seen else ""
+        return f"host.device {host.device} is the CPU here{idle}"
+    from flink_llm.engine.decoder import providers  # ONNX Runtime is slow to import
+
+    flavour()
+    providers(device)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(seen) if visible is None else len([one for one in visible.split(",") if one not in ("", "-1")])
+    number = int(device.partition(":")[2])
+    if not seen or number >= count:
+        shown = "no NVIDIA GPU is seen" if not seen else f"{count} are visible (CUDA_VISIBLE_DEVICES={visible})"
+        raise ConfigError(
+            f"host.device is {host.device!r}, {shown} here: correct it, install the driver, or use host.device: cpu"
+        )
+    return f"host.device {host.device} is {device} of {', '.join(seen)}"
+
+
+def _gpus() -> list[str]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    ran = subprocess.run([tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return [] if ran.returncode else [line.strip() for line in ran.stdout.splitlines() if line.strip()]
+
+
+def requests(config: JobConfig) -> str:
+    """`files.requests`, which must be there and readable."""
+    if config.files is None:
+        return "none"
+    path = Path(config.files.requests)
+    if not path.exists():
+        raise ConfigError(f"files.requests: {path} does not exist")
+    if not os.access(path, os.R_OK):
+        raise ConfigError(f"files.requests: {path} cannot be read: permission denied")
+    return str(path)
+
+
+def kafka(config: JobConfig) -> str:
+    """A broker that answers."""
+    check_reachable(config.kafka)
+    return config.kafka.bootstrap_servers
+
+
+def transactions(config: JobConfig) -> str:
+    """Exactly-once transactions, which the broker must let last long enough."""
+    unread = check_transaction_timeout(config.kafka)
+    timeout = f"{config.kafka.transaction_timeout_ms} ms"
+    return f"not checked: {unread}" if unread else timeout
+
+
+def topics(config: JobConfig) -> str:
+    """The job's topics, which must exist."""
+    why = beyond_this_client(config.kafka)
+    if why is not None:
+        return f"not checked: {why}"
+    wanted = list(dict.fromkeys([*config.topics.requests, *config.topics.written().values()]))
+    missing = missing_topics(config.kafka, wanted)
+    if missing:
+        options = " ".join(f"--topic {name}" for name in missing)
+        raise ConfigError(
+            f"topics: {', '.join(missing)} not there: make {'it' if len(missing) == 1 else 'them'}, "
+            f"locally by `flink-llm local up {options}`"
+        )
+    return ", ".join(wanted)
+
+
+def served(config: JobConfig) -> dict[str, str]:
+    """The model folders that the library's own host reads; another launcher knows what its models are."""
+    return config.models if config.host.launcher == HostSettings().launcher else {}
+
+
+def model(folder: str) -> str:
+    """A model folder, read and compared with its manifest."""
+    from flink_llm.engine.model import open_model_folder
+
+    opened = open_model_folder(folder)
+    manifest = opened.manifest
+    return f"{manifest.architecture}, {manifest.precision}, {opened.sha256[:12]} in {folder}"
+
+
+def features(config: JobConfig) -> str:
+    """The feature repository, which must be applied, and hold what `chat.features` names."""
+    from flink_llm.feature_admin import describe
+
+    if config.features is None:
+        return "none"
+    report = describe(config.features)
+    if report.problems:
+        raise LocalError(f"{report.problems[0]}; `flink-llm features apply CONFIG` registers the definitions")
+    names = [*(view.name for view in report.views), *report.services]
+    if config.chat.features is not None and config.chat.features not in names:
+        raise ConfigError(unknown("chat.features", config.chat.features, names))
+    return f"{report.online_store}: {', '.join(view.name for view in report.views)}"

@@ -1,0 +1,160 @@
+"""The doctor, without Flink, broker or GPU: what it says, and that one bad part hides no other."""
+
+import importlib.metadata
+
+import pytest
+import yaml
+
+from flink_llm.config import parse
+from flink_llm.engine.settings import HostSettings
+from flink_llm.errors import ConfigError, LocalError
+from flink_llm.local import checks, doctor, jars
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Writes a job's file: `job(chat=...)`."""
+
+    def write(**changes):
+        raw = {"job": "llm_inference", "name": "n", "models": {"support-chat": "nowhere"}, **changes}
+        file = tmp_path / "job.yaml"
+        file.write_text(yaml.safe_dump(raw))
+        return file
+
+    return write
+
+
+def lines(capsys):
+    return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_broker_out_of_reach_hides_nothing_behind_it(job, tmp_path, capsys):
+    repo = tmp_path / "repo"
+    file = job(kafka={"bootstrap_servers": "127.0.0.1:1"}, features={"repo": str(repo)})
+    assert not doctor.examine(file, tmp_path)
+    said = lines(capsys)
+    assert said["✗ Kafka"].startswith("kafka.bootstrap_servers: no broker answers at 127.0.0.1:1")
+    assert said["– topics"] == "not checked without Kafka"
+    assert "is not a model folder" in said["✗ model support-chat"]
+    assert "feature_store.yaml" in said["✗ features"]
+
+
+def test_a_foreign_error_is_a_line_like_others(job, tmp_path, capsys, monkeypatch):
+    def fails(config):
+        raise ZeroDivisionError("so\nit is")
+
+    monkeypatch.setattr(checks, "kafka", fails)
+    assert not doctor.examine(job(), tmp_path)
+    said = lines(capsys)
+    assert said["✗ Kafka"] == "ZeroDivisionError: so it is"
+    assert "✗ model support-chat" in said
+
+
+def test_files_are_looked_for_instead_of_kafka(job, tmp_path, capsys):
+    doctor.examine(job(files={"requests": "in.jsonl", "outcomes": "out"}), tmp_path)
+    said = lines(capsys)
+    assert said["✗ requests"] == f"files.requests: {tmp_path / 'in.jsonl'} does not exist"
+    assert not [name for name in said if "Kafka" in name and "connector" not in name]
+
+
+def test_a_wrong_configuration_leaves_the_machine_to_check(job, tmp_path, capsys):
+    assert not doctor.examine(job(jobb=1), tmp_path)
+    said = lines(capsys)
+    assert said["✗ configuration"].endswith("did you mean 'job'?")
+    assert "✓ Python" in said and "✓ GPU" in said
+
+
+def test_an_unknown_job_is_named(job, tmp_path, capsys):
+    doctor.examine(job(job="llm_inferense"), tmp_path)
+    assert lines(capsys)["✗ job"] == "job: unknown name 'llm_inferense'; did you mean 'llm_inference'?"
+
+
+@pytest.mark.parametrize(
+    ("flink", "jar", "good"),
+    [
+        ("2.2.0", "flink-sql-connector-kafka-5.0.0-2.2.jar", True),
+        ("2.3.0", "flink-sql-connector-kafka-5.0.0-2.2.jar", True),
+        ("2.1.1", "flink-sql-connector-kafka-5.0.0-2.2.jar", False),
+        ("3.0.0", "flink-sql-connector-kafka-5.0.0-2.2.jar", False),
+    ],
+)
+def test_the_connector_must_be_for_this_flink(flink, jar, good, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: flink)
+    monkeypatch.setattr(jars, "connector_jar", lambda: tmp_path / jar)
+    if good:
+        assert checks.connector() == f"Flink {flink}, {jar}"
+    else:
+        with pytest.raises(ConfigError, match=rf"is for Flink 2.2 and later 2.x, this is Flink {flink}"):
+            checks.connector()
+
+
+def program(folder, name, text):
+    file = folder / name
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+
+
+def test_a_gpu_must_be_there_for_a_job_that_asks_for_one(tmp_path, monkeypatch):
+    from flink_llm.engine import decoder
+
+    monkeypatch.setattr(checks, "flavour", lambda: "onnxruntime-gpu")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ConfigError, match=r"this ONNX Runtime has no CUDA: install flink-llm\[gpu\]"):
+        checks.gpu(HostSettings(device="cuda"))
+    monkeypatch.setattr(decoder, "providers", lambda device: [])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^host.device is 'cuda', no NVIDIA GPU is seen here"):
+        checks.gpu(HostSettings(device="cuda"))
+    program(tmp_path, "nvidia-smi", "echo A GPU; echo Another")
+    assert checks.gpu(HostSettings(device="cuda:1")) == "host.device cuda:1 is cuda:1 of A GPU, Another"
+    with pytest.raises(ConfigError, match=r"^host.device is 'cuda:2', 2 are visible"):
+        checks.gpu(HostSettings(device="cuda:2"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(ConfigError, match=r"1 are visible \(CUDA_VISIBLE_DEVICES=1\)"):
+        checks.gpu(HostSettings(device="cuda:1"))
+    assert checks.gpu(HostSettings(device="cpu")).startswith("host.device cpu is the CPU here; not used: A GPU")
+
+
+def test_an_old_java_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    program(tmp_path, "java", "echo 'openjdk version \"11.0.2\" 2019-01-15' >&2")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(LocalError, match=r"is Java 11, Java 17 or later is needed: run `apt-get install"):
+        checks.java()
+
+
+def test_transactions_are_looked_at_for_exactly_once_only(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checks, "check_reachable", lambda settings: None)
+    monkeypatch.setattr(checks, "missing_topics", lambda settings, topics: [])
+    monkeypatch.setattr(checks, "check_transaction_timeout", lambda settings: "no permission")
+    doctor.examine(job(), tmp_path)
+    said = lines(capsys)
+    assert said["✓ Kafka"] == "127.0.0.1:9092" and "✓ transactions" not in said
+    doctor.examine(job(flink={"delivery": "exactly_once"}), tmp_path)
+    assert lines(capsys)["✓ transactions"] == "not checked: no permission"
+
+
+def test_topics_that_only_flink_can_see_are_said_to_be_unchecked(tmp_path):
+    properties = {"ssl.truststore.location": "a.jks"}
+    config = parse({"job": "other", "name": "n", "kafka": {"properties": properties}}, tmp_path)
+    assert checks.topics(config) == "not checked: a truststore of type JKS is read by Java only"
+
+
+def test_what_is_missing_is_said_before_a_job_starts(tmp_path, monkeypatch):
+    raw = {"job": "llm_inference", "name": "n", "models": {"support-chat": "m"}}
+    files = {"requests": "in", "outcomes": "out"}
+    with pytest.raises(ConfigError, match=r"^files.requests: .*in does not exist$"):
+        checks.before_start(parse({**raw, "files": files}, tmp_path))
+    (tmp_path / "in").touch()
+    with pytest.raises(Exception, match="is not a model folder"):
+        checks.before_start(parse({**raw, "files": files}, tmp_path))
+    monkeypatch.setattr(checks, "check_reachable", lambda settings: None)
+    monkeypatch.setattr(checks, "missing_topics", lambda settings, topics: ["chat.tokens"])
+    with pytest.raises(ConfigError, match=r"chat.tokens not there: .*local up --topic chat.tokens`$"):
+        checks.before_start(parse(raw, tmp_path))
+
+
+def test_lines_are_not_wrapped(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    doctor.examine(job(kafka={"bootstrap_servers": "127.0.0.1:1"}), tmp_path)
+    assert "or correct the address" in lines(capsys)["✗ Kafka"]
