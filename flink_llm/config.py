@@ -28,6 +28,8 @@ from flink_llm.names import check_model, check_topic, unknown
 from flink_llm.secrets import masked
 
 Name = Annotated[str, Meta(min_length=1)]
+REQUEST_SIZE, REQUEST_BYTES, REQUEST_ROOM = "max.request.size", 1_048_576, 16_384
+"""The producer's own limit, its default, and how much of a request is not the record."""
 ASK_A_MODEL = ("llm_inference", "embedding")
 """The jobs of the library whose model is `chat.model`."""
 
@@ -139,6 +141,7 @@ def parse(raw: dict[str, Any], folder: Path) -> JobConfig:
     _check_topics(config.topics)
     _check_chat(config)
     _check_flink(config.flink)
+    _check_sizes(config)
     addresses(config.kafka)
     resolve_device(config.host.device)
     for name in config.models:
@@ -176,6 +179,16 @@ def _check_flink(flink: FlinkSettings) -> None:
         raise ConfigError(f"flink.parallelism is {flink.parallelism}, more than flink.max_parallelism {highest}")
     if highest % flink.shards:
         raise ConfigError(f"flink.max_parallelism is {highest}, which is no multiple of flink.shards {flink.shards}")
+
+
+def _check_sizes(config: JobConfig) -> None:
+    """What the operator lets through must also be what Kafka's producer takes: its refusal restarts the job."""
+    asked = config.kafka.properties.get(REQUEST_SIZE, str(REQUEST_BYTES))
+    if not asked.isdigit() or config.operator.max_result_bytes > int(asked) - REQUEST_ROOM:
+        raise ConfigError(
+            f"operator.max_result_bytes is {config.operator.max_result_bytes}, kafka.properties.{REQUEST_SIZE} "
+            f"{asked}: the latter must be {REQUEST_ROOM} bytes more at least"
+        )
 
 
 def _placed(config: JobConfig, folder: Path) -> JobConfig:

@@ -178,3 +178,11 @@ def test_secrets_are_masked_whole():
     assert "hunter" not in repr(FeatureSettings(online_store=store))
     assert masked("at redis://u:hun:ter@h:1/0 now") == "at redis://********@h:1/0 now"
     assert masked("host:6379,password=hunter,db=1") == "host:6379,password=********,db=1"
+
+
+def test_what_the_operator_lets_through_must_be_what_the_producer_takes():
+    raw = {**GOOD, "operator": {"max_result_bytes": 5_000_000}}
+    with pytest.raises(ConfigError, match=r"max_result_bytes is 5000000, kafka\.properties\.max\.request\.size 1048576"):
+        parse(raw, Path())
+    raw["kafka"] = {"properties": {"max.request.size": 6_000_000}}
+    assert parse(raw, Path()).operator.max_result_bytes == 5_000_000
