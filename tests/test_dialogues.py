@@ -21,9 +21,9 @@ def test_a_seed_decides_the_dialogues() -> None:
 
 
 def test_held_out_phrases_are_in_no_training_list() -> None:
-    assert phrases.TRAIN.keys() == phrases.HELD_OUT.keys()
+    assert phrases.TRAIN.keys() == phrases.HELD_OUT.keys() >= phrases.MORE.keys()
     for name, held_out in phrases.HELD_OUT.items():
-        assert not ({*phrases.TRAIN[name]} & {*held_out} - {""}), name
+        assert not ({*phrases.TRAIN[name], *phrases.MORE.get(name, [])} & {*held_out} - {""}), name
 
 
 @pytest.mark.parametrize("words", [phrases.NAMES, phrases.ADJECTIVES, phrases.NOUNS, phrases.CITIES, phrases.SYLLABLES])

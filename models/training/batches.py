@@ -11,7 +11,7 @@ import torch
 
 from flink_llm.engine.prompts import Prompts
 from flink_llm.engine.tokenizer import Tokenizer
-from models.training.dialogues import Dialogue, Generator
+from models.training.dialogues import HARD, USUAL, Dialogue, Generator
 
 IGNORED = -100
 CONTEXT = 2048
@@ -31,7 +31,7 @@ class Batches:
     """Endless batches of about `size` tokens, padding included; the same for a seed.
 
     From `long_from` (progress) on, `long_share` of the batches are of prompts that nearly fill the
-    context. Without `drills` the mix is that of the end from the beginning.
+    context. Without `drills` the mix is that of the end from the beginning, and a harder one.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Batches:
         drills: bool = True,
     ) -> None:
         self._long_from, self._long_share, self._drills = long_from, long_share, drills
-        self._generator = Generator(seed)
+        self._generator = Generator(seed, mix=USUAL if drills else HARD)
         self._random = random.Random(f"batches/{seed}")
         self._prompts = prompts
         self._tokenizer = tokenizer

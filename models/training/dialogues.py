@@ -16,8 +16,11 @@ from models.training.phrases import (
     CARRIERS,
     CITIES,
     HELD_OUT,
+    KEPT,
+    MORE,
     NAMES,
     NOUNS,
+    OPENERS,
     STATUSES,
     SYLLABLES,
     TIERS,
@@ -55,22 +58,39 @@ class Dialogue:
     refuses: bool = False
 
 
+@dataclass(frozen=True)
+class Mix:
+    """How often each intent is asked for, how often what it needs is missing, and whether words vary freely."""
+
+    intents: tuple[int, ...]
+    missing: float
+    varied: bool = False
+
+
+USUAL = Mix((30, 18, 12, 2, 6, 6, 6, 2, 3, 3, 2, 10), 0.3)
+HARD = Mix((20, 14, 12, 2, 9, 9, 9, 3, 5, 5, 3, 9), 0.38, varied=True)
+"""For a second run, of what the first finds hardest: words it does not know, refusals, small talk."""
+
+
 class Generator:
     """Endless dialogues of one side of the split ("train" or "held_out"), the same for a seed."""
 
-    def __init__(self, seed: int, split: str = "train") -> None:
+    def __init__(self, seed: int, split: str = "train", mix: "Mix | None" = None) -> None:
         self._random = random.Random(f"{split}/{seed}")
+        self._mix = mix or USUAL
         self._split = split
         self._phrases = TRAIN if split == "train" else HELD_OUT
+        if self._mix.varied:
+            self._phrases = {name: [*lines, *MORE.get(name, [])] for name, lines in self._phrases.items()}
 
     def dialogue(self, intent: str | None = None, *, missing: bool | None = None, long: int = 0) -> Dialogue:
         """One dialogue; `missing` leaves what it needs out; `long` asks for about so many words before."""
         pick = self._random
         if intent is None:
             names = ["status", "delivery", "returns", "recommend", *UNSEEN, *SMALL_TALK, "offtopic"]
-            intent = pick.choices(names, [30, 18, 12, 2, 6, 6, 6, 2, 3, 3, 2, 10])[0]
+            intent = pick.choices(names, self._mix.intents)[0]
         if missing is None:
-            missing = pick.random() < 0.3
+            missing = pick.random() < self._mix.missing
         if intent not in ABOUT_ORDERS:
             return self._about_customer(intent, missing, long)
         order = self._order(self.order_number())
@@ -232,7 +252,10 @@ class Generator:
 
     def _say(self, intent: str, number: str) -> str:
         pick, phrases = self._random, self._phrases
-        core = pick.choice(phrases[intent]).format(order=number, word=self._word())
+        core = pick.choice(phrases[intent])
+        if self._mix.varied:
+            core = self._varied(intent, core)
+        core = core.format(order=number, word=self._word())
         parts = [pick.choice(phrases["greeting"]), core]
         if pick.random() < 0.25:
             parts.insert(pick.choice([1, 2]), self._noise())
@@ -245,6 +268,22 @@ class Generator:
         if style > 0.85:
             text = self._typo(text)
         return text
+
+    def _varied(self, intent: str, core: str) -> str:
+        """Another way to say it: something before it, or a word or two that nobody knows.
+
+        Only the words that matter keep their place, so that these are what a model learns to look for.
+        """
+        pick = self._random
+        if intent not in (*ABOUT_ORDERS, *NEEDED):
+            return core
+        words = core.split(" ")
+        if pick.random() < 0.3:
+            loose = [i for i, word in enumerate(words) if word.isalpha() and word not in KEPT]
+            for i in pick.sample(loose, min(len(loose), pick.choice([1, 1, 2]))):
+                words[i] = pick.choice(["", "{word}", self._word()])
+        core = " ".join(word for word in words if word)
+        return f"{pick.choice(OPENERS)} {core}" if pick.random() < 0.2 else core
 
     def _noise(self) -> str:
         pick = self._random

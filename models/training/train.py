@@ -22,6 +22,7 @@ from models.training.dialogues import Generator
 from models.training.tokenizer import train_tokenizer
 
 TEMPLATE = Path(__file__).parents[1] / "support-chat" / "chat_template.jinja"
+CARD = Path(__file__).with_name("CARD.md")
 WARM_UP = 50
 DECAY_FROM = 0.6
 """The share of the training after which the learning rate falls, in a line, to nothing."""
@@ -36,11 +37,12 @@ class Plan:
     """How to train. The same plan makes the same model on the same machine, unless `minutes` cuts it short.
 
     From `long_from` on, a share of the steps, `long_share` of the batches hold prompts that nearly fill the
-    context. `resume` is the folder of an earlier run to go on from, with its tokenizer and without drills.
+    context. `resume` is the folder of an earlier run to go on from, with its tokenizer, without drills and
+    with more of what is hard.
     """
 
     seed: int = 7
-    steps: int = 2500
+    steps: int = 4000
     tokens_per_step: int = 4096
     minutes: float = 600.0
     matrix_rate: float = 3e-3
@@ -200,6 +202,7 @@ def _save(to: Path, model: LlamaForCausalLM, tokenizer: str) -> None:
     model.save_pretrained(to)
     (to / "tokenizer.json").write_text(tokenizer)
     (to / "chat_template.jinja").write_text(TEMPLATE.read_text())
+    (to / "README.md").write_text(CARD.read_text())
 
 
 def main() -> None:
