@@ -32,7 +32,11 @@ setup: system .venv/.light ## a light .venv: what running jobs needs, without to
 
 setup-dev: system .venv/.dev ## and what tests, training and export need
 
-bench-setup: setup-dev ## and what the benchmarks' peers need
+bench-setup: setup-dev ## and what the benchmarks' peers need (llama.cpp is compiled: several minutes)
+	@$(UV) -c benchmarks/constraints.txt -e '.[cpu,dev,export,bench]'
+	@CMAKE_ARGS="$$($(BIN)/python -m benchmarks.peers.flags)" $(UV) -c benchmarks/constraints.txt llama-cpp-python || \
+	  echo "llama.cpp could not be built: the benchmarks say null where it is compared"
+	@$(BIN)/python -m benchmarks.shapes
 
 demo: setup ## set everything up and run the main job, Kafka to Kafka, with the demo model
 	@$(BIN)/flink-llm demo
@@ -52,14 +56,17 @@ format: setup-dev ## format the code
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
 
 bench: bench-setup ## every benchmark, coarse (docs/benchmarks.md has the full ones)
-	@for name in overhead capacity recovery poison demo_model; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+	@for name in overhead capacity recovery poison demo_model decoder serving encoder host_memory; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 chaos: setup-dev ## recovery under kill -9, the long form
 	@$(BIN)/python -m benchmarks.recovery
 
-train-demo: setup-dev ## train the demo model anew and export it (about an hour on two cores)
-	@$(BIN)/python -m models.training.train --to build/support-chat
-	@$(BIN)/flink-llm export build/support-chat --to build/exported/support-chat --name support-chat
+train-demo: setup-dev ## train the demo model anew, export and grade it (an hour and a half on two cores)
+	@$(BIN)/python -m models.training.train --to build/first
+	@$(BIN)/python -m models.training.train --to build/refusals --resume build/first --mix refusals --seed 8 --steps 1500 --rate 1.5e-3 --long-from 0
+	@$(BIN)/python -m models.training.train --to build/varied --resume build/first --mix varied --seed 8 --steps 2000 --rate 2e-3 --long-from 0 --long-share 0.15
+	@$(BIN)/python -m models.training.train --to build/support-chat --average build/refusals build/varied
+	@$(BIN)/flink-llm export build/support-chat --to build/exported/support-chat --name support-chat --precision int8 --license Apache-2.0
 	@$(BIN)/python -m benchmarks.demo_model --model build/exported/support-chat
 
 clean: ## remove .venv and what was built; the local broker's data stays

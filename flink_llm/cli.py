@@ -204,21 +204,32 @@ def features_fill(config: Path) -> None:
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--name", help="The model's name; the folder's by default.")
-@click.option("--precision", type=click.Choice(["fp32", "int8", "int4"]), default="int8", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["auto", "fp32", "fp16", "int8", "int4"]), default="auto", show_default=True
+)
+@click.option(
+    "--task",
+    type=click.Choice(["embedding", "classifier", "token_classifier", "reranker"]),
+    help="What an encoder is for; its architecture says it by default.",
+)
+@click.option("--texts", type=click.File(encoding="utf-8"), help="Texts to compare on, one a line, instead of ours.")
 @click.option("--license", "license_name", default="", help="Licence to write down, an SPDX name.")
-def export(source: Path, to: Path, name: str | None, precision: Any, license_name: str) -> None:
-    """Make a model folder of a Hugging Face folder.
+def export(source: str, to: Path, name: str | None, precision: Any, task: Any, texts: Any, license_name: str) -> None:
+    """Make a model folder of a Hugging Face model.
 
-    SOURCE is on this disk; what is made is measured against it, or refused.
+    SOURCE is a folder on this disk, or the id of a model on the hub. What is made is measured against it,
+    or refused; `auto` takes the precision that is the fastest here.
 
-    For example: flink-llm export ./Llama-3.2-1B-Instruct --to models/llama --precision int4
+    For example: flink-llm export ./Llama-3.2-1B-Instruct --to models/llama
     """
-    from flink_llm.engine.export import export_decoder
+    from flink_llm.engine.export import Order, export_model
 
-    made = export_decoder(source, to, name=name or to.name, precision=precision, license_name=license_name)
+    lines = [line.strip() for line in texts or ()]
+    order = Order(name or to.name, precision, task, [line for line in lines if line], license_name)
+    made = export_model(source, to, order, click.echo)
     click.echo(f"{to}: {made.precision}, {sum(file.bytes for file in made.files.values()):,} bytes, {made.parity}")
 
 

@@ -11,7 +11,8 @@ from flink_llm.errors import Outage, RecordError
 from flink_llm.feature_keys import Key, StoredRow
 
 Waiter = asyncio.Future[StoredRow]
-Batch = list[tuple[str, dict[Key, list[Waiter]]]]
+Waiters = dict[Key, list[Waiter]]
+Batch = list[tuple[str, Waiters]]
 
 
 class Waiting:

@@ -213,20 +213,23 @@ class Store:
         """
         try:
             self._meet()
+        except Exception as error:  # of no row: none has been read
+            raise self._outage(error) from error
+        try:
             return list(self._sources[source].read(self._store, keys))
         except Exception as error:
             if not _is_of_a_row(error):
-                self._inode = None
-                raise Outage(self._line(error)) from error
+                raise self._outage(error) from error
             if len(keys) > 1:
                 return [row for key in keys for row in self.read(source, [key])]
             log.warning("a row of %s cannot be read", source, exc_info=True)
             text = f"the row of {source} cannot be read: {type(error).__name__}"
             return [RecordError("missing_features", text)]
 
-    def _line(self, error: Exception) -> str:
+    def _outage(self, error: Exception) -> Outage:
+        self._inode = None
         reason = masked(" ".join(str(error).split()))
-        return f"the feature store ({self.description}) cannot be read: {type(error).__name__}: {reason}"
+        return Outage(f"the feature store ({self.description}) cannot be read: {type(error).__name__}: {reason}")
 
     def _meet(self) -> None:
         """Connects to a sqlite file again when it is another one than before.

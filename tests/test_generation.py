@@ -324,9 +324,30 @@ GOLDEN = Submit(
 
 def test_work_id_is_frozen() -> None:
     info = call_info()
-    assert work_id(info, GOLDEN) == "c55db3158457303f7f5751660ed6b13346932db94b5d993dda1b9aa829132f9d"
-    assert work_id(info, GOLDEN) == "95cc8c1a4d85b33bca2630f6681508ce0ad9917fb3aa9f172dd311e98b355fd1"
-    assert work_id(call_info(), GOLDEN) == "c55db3158457303f7f5751660ed6b13346932db94b5d993dda1b9aa829132f9d"
+    assert work_id(info, GOLDEN) == "244f83d00af7c7f6398f13ca43a88645aafd5822e552e58fa215308d7ab07948"
+    assert work_id(info, GOLDEN) == "cd83e69eac8462688cd642c9eb4114191ca6c1f6d19d96a5fdc46cb8cfd9fe33"
+    assert work_id(call_info(), GOLDEN) == "244f83d00af7c7f6398f13ca43a88645aafd5822e552e58fa215308d7ab07948"
+
+
+def test_a_field_that_is_added_with_a_default_changes_no_work_id() -> None:
+    class MoreOptions(Options, frozen=True, kw_only=True):
+        min_p: float = 0.0
+        bias: list[int] = msgspec.field(default_factory=list)
+
+    class MoreSubmit(Submit, frozen=True, tag="submit", kw_only=True):
+        schema: str | None = None
+
+    def more(**changed: Any) -> Submit:
+        fields = {name: getattr(GOLDEN, name) for name in GOLDEN.__struct_fields__}
+        options = {name: getattr(GOLDEN.options, name) for name in GOLDEN.options.__struct_fields__}
+        own = {name: changed.pop(name) for name in ("min_p", "bias") if name in changed}
+        return MoreSubmit(**fields | {"options": MoreOptions(**options | own)} | changed)
+
+    assert work_id(call_info(), more()) == work_id(call_info(), GOLDEN)
+    ids = {
+        work_id(call_info(), more(**{name: value})) for name, value in [("min_p", 0.1), ("bias", [1]), ("schema", "")]
+    }
+    assert len(ids | {work_id(call_info(), GOLDEN)}) == 4
 
 
 def test_work_id_does_not_know_call_deadline_or_priority() -> None:

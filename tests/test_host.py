@@ -6,12 +6,15 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from filelock import FileLock
 
@@ -36,8 +39,10 @@ from flink_llm.engine.protocol import (
     frame,
 )
 from flink_llm.engine.settings import HostSettings
-from flink_llm.errors import ConfigError
+from flink_llm.engine.work import WorkTable
+from flink_llm.errors import ConfigError, ModelFolderError, Outage
 from flink_llm.testing import Script, ScriptedBackend
+from tests import tiny
 
 HELLO = Hello(protocol=PROTOCOL_VERSION, package=__version__, client="test")
 SCRIPTS = {
@@ -47,6 +52,8 @@ SCRIPTS = {
     "poison": Script(fault="model_error"),
     "full": Script(fault="overloaded"),
     "long": Script(text="x" * 300_000),
+    "embed": Script(kind="embedding"),
+    "classify": Script(kind="classifier", labels=["a", "b"]),
 }
 
 
@@ -142,7 +149,7 @@ async def until(condition: Callable[[], bool], patience: float = 5.0) -> None:
 
 
 def work(model: str, *, call: int = 7, name: str = "w", kind: Any = "generate", prompt: str = "abc") -> Submit:
-    return Submit(call=call, model=model, kind="generate", work=name, request_id="r", prompt=prompt)
+    return Submit(call=call, model=model, kind=kind, work=name, request_id="r", prompt=prompt, text=prompt)
 
 
 @pytest.fixture
@@ -394,6 +401,77 @@ def test_memory_is_bounded_in_number_and_time(folder: Path, monkeypatch: pytest.
     run(folder, case)
 
 
+def test_memory_is_bounded_in_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_module, "REMEMBERED_BYTES", 700_000)
+
+    async def case(served: Served) -> None:
+        wire = await served.connect()
+        model = await wire.load("long")
+        for name in ("a", "b", "b", "a"):
+            wire.send(work(model, name=name))
+            await wire.answer()
+        assert served.backend.started == 3
+
+    run(folder, case)
+
+
+def test_memory_is_given_back_when_nobody_asks_any_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_module, "REMEMBER_S", 0.1)
+
+    async def case(served: Served) -> None:
+        wire = await served.connect()
+        model = await wire.load("echo")
+        for name in ("a", "b"):
+            wire.send(work(model, name=name))
+            await wire.answer()
+        table = served.host.table
+        assert (len(table._finished), table._finished_bytes > 0) == (2, True)
+        await until(lambda: not table._finished)
+        assert (table._finished_bytes, table._pruning) == (0, None)
+
+    run(folder, case)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("embed", "embed"), ("classify", "classify")])
+def test_what_is_soon_done_again_is_not_remembered(folder: Path, name: str, kind: str) -> None:
+    async def case(served: Served) -> None:
+        wire = await served.connect()
+        model = await wire.load(name)
+        for _ in range(2):
+            wire.send(work(model, kind=kind))
+            await wire.answer()
+        assert served.backend.started == 2
+        assert not served.host.table._finished
+
+    run(folder, case)
+
+
+def test_a_deadline_that_has_passed_ends_nothing(folder: Path) -> None:
+    async def case(served: Served) -> None:
+        wire = await served.connect()
+        model = await wire.load("slow")
+        wire.send(msgspec.structs.replace(work(model), deadline=0.01))
+        _, done = await wire.answer()
+        assert (done.text, done.finish) == ("one two three four", "stop")
+
+    run(folder, case)
+
+
+def test_a_table_that_is_closed_answers_with_an_outage() -> None:
+    async def main() -> None:
+        table = WorkTable(ScriptedBackend(SCRIPTS))
+        model = (await table.load("endless")).sha256
+        await table.close()
+        fault = [event async for event in table.submit(work(model))][-1]
+        assert isinstance(fault, Fault)
+        assert (fault.call, fault.kind, fault.message) == (7, "outage", "the engine is closed")
+        with pytest.raises(Outage, match="the engine is closed"):
+            await table.load("endless")
+        assert (table.alive, table._backend.started) == (0, 0)  # type: ignore[attr-defined]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "code"), [("poison", "record", "model_error"), ("full", "overloaded", "overloaded")]
 )
@@ -428,6 +506,25 @@ def test_refused_model_is_told(folder: Path) -> None:
         fault = await wire.receive()
         assert (fault.call, fault.kind) == (5, "model_folder")
         assert "no script for the model 'nowhere'" in fault.message
+
+    run(folder, case)
+
+
+def test_a_load_is_answered_whatever_the_error_says(folder: Path) -> None:
+    errors = [ModelFolderError("/models/\udcff is refused"), ValueError("\udcff"), Outage("no memory")]
+
+    async def case(served: Served) -> None:
+        async def load(*_: Any) -> Loaded:
+            raise errors[0]
+
+        served.backend.load = load  # type: ignore[method-assign]
+        wire = await served.connect()
+        for kind, text in (("model_folder", r"\udcff is refused"), ("outage", r"\udcff"), ("outage", "no memory")):
+            wire.send(Load(call=5, folder="any"))
+            fault = await wire.receive()
+            assert (fault.call, fault.kind) == (5, kind)
+            assert text in fault.message
+            errors.pop(0)
 
     run(folder, case)
 
@@ -504,6 +601,62 @@ def test_stale_socket_is_replaced(folder: Path) -> None:
 def _connects(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
+
+
+def test_a_host_removes_no_socket_but_its_own(folder: Path) -> None:
+    async def case(served: Served) -> None:
+        served.path.unlink()
+        other = Host(ScriptedBackend(SCRIPTS), "cpu", linger_s=30)
+        task = asyncio.create_task(other.run(served.path))
+        await until(served.path.exists)
+        served.host.stop()
+        await served.task
+        assert _connects(served.path)
+        other.stop()
+        await task
+        assert not served.path.exists()
+
+    run(folder, case)
+
+
+DYING = """
+import os, sys, threading
+from pathlib import Path
+from flink_llm.engine import engine, host
+from flink_llm.engine.settings import HostSettings
+def dies(self, said):
+    if self._inbox:
+        print("works in", os.getcwd(), flush=True)
+        raise RuntimeError("a bug")
+engine.OnnxBackend._take_in = dies
+host.serve(host._onnx, HostSettings(device="cpu", threads=1), Path(sys.argv[1]))
+"""
+
+
+def test_host_whose_engine_dies_ends_and_says_so(folder: Path) -> None:
+    model = tiny.encoder(folder / "embedding", "embedding")
+    path = folder / "host.sock"
+
+    async def case() -> None:
+        await until(lambda: path.exists() and _connects(path), 60)
+        wire = Wire(*await asyncio.open_unix_connection(str(path)))
+        await wire.greet()
+        wire.send(work(await wire.load(str(model)), kind="embed"))
+        while await wire.receive(30) is not None:
+            pass
+        wire.writer.close()
+
+    words = [sys.executable, "-c", DYING, path.name]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as host:
+        try:
+            asyncio.run(case())
+            said, log = host.communicate(timeout=30)
+        finally:
+            host.kill()
+    assert "CRITICAL the engine's thread has died, and its host ends with it" in log
+    assert "RuntimeError: a bug" in log
+    assert said == f"works in {folder}\n"
+    assert not path.exists()
 
 
 def test_second_host_of_a_socket_is_refused(

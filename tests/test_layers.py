@@ -16,9 +16,9 @@ ROOMS = {
         "feature_repo/",
     ],
     "onnxruntime": ["flink_llm/engine/"],
-    "onnxruntime_genai": ["flink_llm/engine/export.py"],
-    "torch": ["flink_llm/engine/export.py", "models/training/"],
-    "transformers": ["flink_llm/engine/export.py", "models/training/"],
+    "onnxruntime_genai": ["flink_llm/engine/export_decoder.py"],
+    "torch": ["flink_llm/engine/export", "flink_llm/engine/parity.py", "models/training/"],
+    "transformers": ["flink_llm/engine/export", "models/training/"],
 }
 SOURCES = sorted(
     path for folder in ("flink_llm", "udfs", "jobs", "models", "feature_repo") for path in (ROOT / folder).rglob("*.py")

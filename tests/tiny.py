@@ -1,6 +1,8 @@
 """Tiny random models: a Llama and two BERTs, made in a second, exported as users' models are."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,4 +107,22 @@ def encoder(folder: Path, kind: str) -> Path:
         vocab_size=320,
         labels=["good", "bad", "other"] if kind == "classifier" else [],
     )
+    return folder
+
+
+def decoder(folder: Path) -> Path:
+    """A model folder of the tiny Llama."""
+    from flink_llm.engine.export import export_decoder
+
+    export_decoder(llama(folder.with_name(f"{folder.name}-source")), folder, name="tiny", precision="fp32")
+    return folder
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    """The folder, with a manifest that says otherwise and names the files as they are now."""
+    from flink_llm.engine.model import write_manifest
+
+    says = json.loads((folder / "manifest.json").read_text())
+    del says["files"], says["format"]
+    write_manifest(folder, **(says | fields))
     return folder

@@ -10,45 +10,23 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import msgspec
 
-from flink_llm import __version__
+from flink_llm.engine.connection import CLOSED, Connection
 from flink_llm.engine.launch import start_host
 from flink_llm.engine.place import socket_path
-from flink_llm.engine.protocol import (
-    PROTOCOL_VERSION,
-    Cancel,
-    Done,
-    Engine,
-    Fault,
-    FrameReader,
-    Hello,
-    Load,
-    Loaded,
-    Ping,
-    Pong,
-    Submit,
-    ToClient,
-    ToHost,
-    Tokens,
-    Welcome,
-    frame,
-)
+from flink_llm.engine.protocol import Engine, Fault, Load, Loaded, Submit
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import Events
-from flink_llm.errors import ModelFolderError, Outage, ProtocolError, RecordError
+from flink_llm.errors import ModelFolderError, Outage
 
 log = logging.getLogger(__name__)
 BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 2.0
-PING_S = 1.0
-GREETING_S = 10.0
-FINISH_S = 1.0
+RELOAD_S = 2.0
 TOLD_EVERY = 15
-"""Of the failed attempts to reach the host, every how many is a warning in the log."""
+"""Of the failed attempts at the same thing, every how many is a warning in the log."""
 
 
 def open_engine(settings: HostSettings) -> Engine:
@@ -64,18 +42,20 @@ def open_engine(settings: HostSettings) -> Engine:
 class HostClient:
     """An `Engine` over the host's socket. One connection, used from one loop.
 
-    `outage_since`: monotonic seconds since when the host has been gone or silent, None while it is
-    there with all models loaded. The first connection may fail for good (ConfigError, ModelFolderError,
-    ProtocolError); once there was one, whatever keeps the next from coming is an outage.
+    `outage_since`: monotonic seconds since when the host has been gone or silent, or a model it had loaded
+    has been missing, None while it is there with all of them. The first connection may fail for good
+    (ConfigError, ModelFolderError, ProtocolError); once there was one, whatever keeps the next from coming
+    is an outage.
     """
 
     def __init__(self, settings: HostSettings) -> None:
         self._settings = settings
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._arrival: asyncio.Future[_Connection | Exception] | None = None
+        self._arrival: asyncio.Future[Connection | Exception] | None = None
         self._waiting: dict[int, tuple[Submit, Events]] = {}
         self._loaded: dict[str, str] = {}
+        self._missing: dict[str, Exception] = {}
         self._next_call = 0
         self._was_up = False
         self._closed = False
@@ -86,6 +66,7 @@ class HostClient:
         folder = _absolute(folder)
         loaded = await self._load(await self._connected(), folder, sha256)
         self._loaded[folder] = loaded.sha256
+        self._found(loaded.sha256)
         return loaded
 
     def submit(self, work: Submit) -> Events:
@@ -95,16 +76,16 @@ class HostClient:
         events = Events(partial(self._cancel, call))
         work = msgspec.structs.replace(work, call=call)
         if self._closed:
-            events.push(Outage("the engine is closed"))
+            events.push(Outage(CLOSED))
         elif self._connection is not None:
-            self._connection.submit(work, events)
+            self._send(self._connection, work, events)
         else:
             self._waiting[call] = (work, events)
             self._keep()
         return events
 
     async def close(self) -> None:
-        """See `Engine.close`. The host stays for its other clients, or for a while."""
+        """See `Engine.close`. The host stays for its other clients, or for a while, and so does the work."""
         self._closed = True
         if self._keeper is not None:
             self._keeper.cancel()
@@ -112,16 +93,16 @@ class HostClient:
                 await self._keeper
         if self._connection is not None:
             await self._connection.finish()
-        self._refuse(Outage("the engine is closed"))
+        self._refuse(Outage(CLOSED))
 
     def _cancel(self, call: int) -> None:
         if self._waiting.pop(call, None) is None and self._connection is not None:
             self._connection.cancel(call)
 
-    async def _connected(self) -> "_Connection":
+    async def _connected(self) -> "Connection":
         """The connection, when there is one. Raises what keeps the first one from coming."""
         if self._closed:
-            raise Outage("the engine is closed")
+            raise Outage(CLOSED)
         if self._connection is not None:
             return self._connection
         self._keep()
@@ -154,33 +135,60 @@ class HostClient:
             else:
                 attempt = 0
                 self._up(connection)
-                await connection.lost.wait()
+                await self._until_lost(connection)
                 log.warning("the model host is gone; its work is tried again when it is back")
 
-    async def _open(self) -> "_Connection":
-        """A new connection, welcomed, with all models loaded that were loaded before."""
+    async def _open(self) -> "Connection":
+        """A new connection, welcomed, with all models loaded that were loaded before and can be again."""
         connection = await self._connect()
         try:
             await connection.greet(self._settings.silence_s)
-            for folder, sha256 in list(self._loaded.items()):
-                await self._load(connection, folder, sha256)
+            await self._load_again(connection, told=True)
         except BaseException:
             connection.abort()
             raise
         return connection
 
-    async def _connect(self) -> "_Connection":
+    async def _until_lost(self, connection: Connection) -> None:
+        """Tries models that are missing again, as their folders may be mended."""
+        attempt = 0
+        while self._missing and not connection.lost.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(connection.lost.wait(), RELOAD_S)
+            attempt += 1
+            with contextlib.suppress(Outage):
+                await self._load_again(connection, told=attempt % TOLD_EVERY == 0)
+        await connection.lost.wait()
+
+    async def _load_again(self, connection: Connection, *, told: bool) -> None:
+        """Loads what was loaded and is missing at the host, each by itself. Raises Outage when the host goes."""
+        known = connection is self._connection
+        for folder, sha256 in list(self._loaded.items()):
+            if known and sha256 not in self._missing:
+                continue
+            try:
+                await self._load(connection, folder, sha256)
+            except (ModelFolderError, Outage) as error:
+                if connection.lost.is_set():
+                    raise Outage(str(error)) from error
+                self._missing[sha256] = error
+                level = logging.WARNING if told else logging.DEBUG
+                log.log(level, "%s, model %s, is missing and its work waits: %s", folder, sha256, error)
+            else:
+                self._found(sha256)
+
+    async def _connect(self) -> "Connection":
         path = socket_path(self._settings)
         loop = asyncio.get_running_loop()
         for start in (False, True):
             if start:
                 await asyncio.to_thread(start_host, self._settings, path)
             with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
-                _, connection = await loop.create_unix_connection(lambda: _Connection(self._down), str(path))
+                _, connection = await loop.create_unix_connection(lambda: Connection(self._down), str(path))
                 return connection
         raise Outage(f"the model host does not answer at {path}")
 
-    async def _load(self, connection: "_Connection", folder: str, sha256: str | None) -> Loaded:
+    async def _load(self, connection: "Connection", folder: str, sha256: str | None) -> Loaded:
         self._next_call += 1
         answer = await connection.ask(Load(call=self._next_call, folder=folder, sha256=sha256))
         if isinstance(answer, Loaded):
@@ -189,18 +197,34 @@ class HostClient:
             raise ModelFolderError(answer.message)
         raise Outage(getattr(answer, "message", "the host gave no answer"))
 
-    def _up(self, connection: "_Connection") -> None:
+    def _up(self, connection: "Connection") -> None:
         if connection.lost.is_set():
             return self._out()
         self._connection = connection
         self._was_up = True
-        self.outage_since = None
+        if self._missing:
+            self._out()
+        else:
+            self.outage_since = None
         waiting, self._waiting = self._waiting, {}
         for work, events in waiting.values():
-            connection.submit(work, events)
+            self._send(connection, work, events)
         self._arrive(connection)
 
-    def _down(self, connection: "_Connection") -> None:
+    def _send(self, connection: Connection, work: Submit, events: Events) -> None:
+        missing = self._missing.get(work.model)
+        if missing is None:
+            connection.submit(work, events)
+        else:
+            events.push(Outage(str(missing)))
+
+    def _found(self, sha256: str) -> None:
+        if self._missing.pop(sha256, None) is not None:
+            log.warning("the model %s is back", sha256)
+        if not self._missing and self._connection is not None:
+            self.outage_since = None
+
+    def _down(self, connection: "Connection") -> None:
         if connection is self._connection:
             self._connection = None
             self._out()
@@ -215,161 +239,16 @@ class HostClient:
             events.push(error)
         self._arrive(error)
 
-    def _arrive(self, arrived: "_Connection | Exception") -> None:
+    def _arrive(self, arrived: "Connection | Exception") -> None:
         arrival, self._arrival = self._arrival, None
         if arrival is not None:
             arrival.set_result(arrived)
 
 
 def _absolute(folder: str) -> str:
-    return os.path.abspath(folder)
-
-
-class _Connection(asyncio.Protocol):
-    """One connection to a host: calls by number, frames of one turn of the loop in one write.
-
-    `lost` is set once it has ended; `on_lost` is called first, then every call ends in Outage.
-    """
-
-    def __init__(self, on_lost: Callable[["_Connection"], None]) -> None:
-        self.lost = asyncio.Event()
-        self._on_lost = on_lost
-        self._reader = FrameReader("client")
-        self._transport: asyncio.Transport | None = None
-        self._calls: dict[int, Events] = {}
-        self._answers: dict[int, asyncio.Future[Any]] = {}
-        self._unsent: list[bytes] = []
-        self._heard = False
-        self._watcher: asyncio.Task[None] | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._fail()
-
-    def data_received(self, data: bytes) -> None:
-        self._heard = True
-        try:
-            for message in self._reader.feed(data):
-                self._handle(message)
-        except ProtocolError as error:
-            log.error("the model host breaks the protocol: %s", error)
-            self.abort()
-
-    async def greet(self, silence_s: float) -> None:
-        """The handshake. Raises ProtocolError for another version, Outage for silence.
-
-        From here on a host that is silent for `silence_s` is taken for dead.
-        """
-        hello = Hello(protocol=PROTOCOL_VERSION, package=__version__, client=str(os.getpid()))
-        try:
-            answer = await asyncio.wait_for(self._ask(0, hello), max(silence_s, GREETING_S))
-        except TimeoutError as error:
-            raise Outage("the model host accepts connections and says nothing") from error
-        if not isinstance(answer, Welcome):
-            raise ProtocolError(getattr(answer, "message", "the model host does not greet"))
-        self._watcher = asyncio.get_running_loop().create_task(self._watch(silence_s))
-
-    async def ask(self, load: Load) -> Any:
-        """Sends a `Load` and waits for its answer. Raises Outage when the host goes meanwhile."""
-        return await self._ask(load.call, load)
-
-    async def _ask(self, call: int, message: ToHost) -> Any:
-        if self.lost.is_set():
-            raise Outage("the model host is gone")
-        future = self._answers[call] = asyncio.get_running_loop().create_future()
-        self._send(frame(message))
-        return await future
-
-    def submit(self, work: Submit, events: Events) -> None:
-        """Sends work whose answers go to `events`."""
-        if self.lost.is_set():
-            return events.push(Outage("the model host is gone"))
-        try:
-            data = frame(work)
-        except ProtocolError as error:
-            return events.push(RecordError("too_large", str(error)))
-        self._calls[work.call] = events
-        self._send(data)
-
-    def cancel(self, call: int) -> None:
-        """Stops a call that has not ended."""
-        if self._calls.pop(call, None) is not None:
-            self._send(frame(Cancel(call=call)))
-
-    async def finish(self) -> None:
-        """Cancels what is in flight and ends the connection."""
-        calls = list(self._calls)
-        for call in calls:
-            self._calls[call].push(Outage("the engine is closed"))
-            self.cancel(call)
-        self._flush()
-        if self._transport is not None:
-            self._transport.close()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.lost.wait(), FINISH_S)
-            self.abort()
-
-    def abort(self) -> None:
-        """Ends the connection; every call in flight ends in Outage."""
-        if self._transport is not None:
-            self._transport.abort()
-        self._fail()
-
-    async def _watch(self, silence_s: float) -> None:
-        """Ends the connection when the host has been silent for `silence_s`.
-
-        Turns are counted, not time: a loop that was itself held up has proved nothing.
-        """
-        step = min(PING_S, silence_s / 3)
-        ping = frame(Ping(call=0))
-        quiet = 0.0
-        while quiet < silence_s * 0.999:
-            self._heard = False
-            self._send(ping)
-            await asyncio.sleep(step)
-            quiet = 0.0 if self._heard else quiet + step
-        log.warning("the model host has said nothing for %s s", silence_s)
-        self.abort()
-
-    def _send(self, data: bytes) -> None:
-        if self.lost.is_set():
-            return
-        if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._unsent.append(data)
-
-    def _flush(self) -> None:
-        data, self._unsent = b"".join(self._unsent), []
-        if data and self._transport is not None and not self.lost.is_set():
-            self._transport.write(data)
-
-    def _handle(self, message: ToClient) -> None:
-        if isinstance(message, Tokens):
-            events = self._calls.get(message.call)
-            if events is not None:
-                events.push(message)
-        elif isinstance(message, Done) or (isinstance(message, Fault) and message.call in self._calls):
-            events = self._calls.pop(message.call, None)
-            if events is not None:
-                events.push(message)
-        elif not isinstance(message, Pong):
-            future = self._answers.pop(getattr(message, "call", 0), None)
-            if future is not None and not future.done():
-                future.set_result(message)
-
-    def _fail(self) -> None:
-        if self.lost.is_set():
-            return
-        self.lost.set()
-        if self._watcher is not None and self._watcher is not asyncio.current_task():
-            self._watcher.cancel()
-        self._on_lost(self)
-        calls, self._calls = self._calls, {}
-        for events in calls.values():
-            events.push(Outage("the model host is gone"))
-        answers, self._answers = self._answers, {}
-        for future in answers.values():
-            if not future.done():
-                future.set_exception(Outage("the model host is gone"))
+    absolute = os.path.abspath(folder)
+    try:
+        absolute.encode()
+    except UnicodeEncodeError as error:
+        raise ModelFolderError(f"{folder!a} is no path that can be sent to a host: {error}") from error
+    return absolute

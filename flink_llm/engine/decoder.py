@@ -8,19 +8,19 @@ hold: a slot whose prompt is half read loses nothing, and a free one has nothing
 """
 
 import contextlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import psutil
 from numpy.typing import NDArray
 
+from flink_llm.engine.faults import lacks_memory
 from flink_llm.engine.model import Manifest, ModelFolder
-from flink_llm.errors import ConfigError, ModelFolderError
+from flink_llm.errors import ConfigError, ModelFolderError, Outage
 
 _TYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
 def providers(device: str) -> list[tuple[str, dict[str, str]]]:
@@ -36,7 +36,7 @@ def providers(device: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def open_session(folder: ModelFolder, device: str, threads: int) -> ort.InferenceSession:
-    """A session over a checked folder. Raises ModelFolderError, ConfigError."""
+    """A session over a checked folder. Raises ModelFolderError, ConfigError, Outage for a lack of memory."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -46,6 +46,8 @@ def open_session(folder: ModelFolder, device: str, threads: int) -> ort.Inferenc
         try:
             session = ort.InferenceSession(graph, options, providers=chosen)
         except Exception as error:  # ONNX Runtime's errors share no base class
+            if lacks_memory(error):
+                raise Outage(f"{folder.manifest.name}: no memory for the graph: {error}") from error
             raise ModelFolderError(f"{folder.manifest.name}: the graph cannot be loaded: {error}") from error
     if session.get_providers()[0] != chosen[0][0]:
         raise ConfigError(f"host.device is {device!r}, ONNX Runtime could not use it; see the host's log")
@@ -55,7 +57,8 @@ def open_session(folder: ModelFolder, device: str, threads: int) -> ort.Inferenc
 class Decoder:
     """One model's graph and cache. Not thread-safe: one thread runs the steps.
 
-    Raises ModelFolderError for a graph with other inputs or outputs than a decoder's.
+    Raises ModelFolderError for a graph with other inputs or outputs than a decoder's, ConfigError for a
+    cache that is larger than the machine's memory.
     """
 
     def __init__(self, folder: ModelFolder, *, device: str, threads: int, slots: int) -> None:
@@ -65,10 +68,12 @@ class Decoder:
         self._session = open_session(folder, device, threads)
         self._device, _, number = device.partition(":")
         self._device_id = int(number or 0)
-        self._dtype = _check_graph(self._session, manifest)
+        self._dtype, logits_dtype = _check_graph(self._session, manifest)
         self._shape = (manifest.num_kv_heads, manifest.context_length, manifest.head_dim)
         row = int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
         self._row_bytes = row
+        if device == "cpu":
+            _check_room(manifest, slots, 2 * manifest.num_layers * slots * row)
         self._cache: dict[str, ort.OrtValue] = {}
         for layer in range(manifest.num_layers):
             for part in ("key", "value"):
@@ -79,7 +84,7 @@ class Decoder:
         self._lengths = np.zeros(slots, dtype=np.int64)
         self._tokens = np.zeros((slots, 1), dtype=np.int64)
         self._mask = np.zeros(slots * (manifest.context_length + 1), dtype=np.int64)
-        self._logits = np.empty((slots, 1, manifest.vocab_size), dtype=self._dtype)
+        self._logits = np.empty((slots, 1, manifest.vocab_size), dtype=logits_dtype)
         self._bindings: dict[int, ort.IOBinding] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
@@ -87,7 +92,7 @@ class Decoder:
         count = len(tokens)
         ids = np.asarray(tokens, dtype=np.int64).reshape(1, count)
         mask = np.ones((1, start + count), dtype=np.int64)
-        logits = np.empty((1, count, self.vocabulary), dtype=self._dtype)
+        logits = np.empty((1, count, self.vocabulary), dtype=self._logits.dtype)
         binding = self._session.io_binding()
         self._bind_cache(binding, first=slot, rows=1)
         _bind_input(binding, "input_ids", ids)
@@ -119,6 +124,17 @@ class Decoder:
         self._lengths[used] += 1
         return self._logits[:rows, 0]
 
+    def warm_up(self) -> None:
+        """Runs what a request would, the largest token and the last place of the context among it.
+
+        Raises whatever ONNX Runtime does with a graph that is another than the manifest says.
+        """
+        self.prefill(0, [self.vocabulary - 1] * min(2, self.context), 0)
+        for length in sorted({min(2, self.context - 1), self.context - 1}):
+            self._lengths[0] = length
+            self.step([0], [self.vocabulary - 1])
+        self.release(0)
+
     def release(self, slot: int) -> None:
         """Nobody needs what the slot holds."""
         self._lengths[slot] = 0
@@ -140,22 +156,47 @@ def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) 
     binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> type[np.floating[Any]]:
-    """Compares the graph with the manifest; the element type of its cache."""
+def _check_room(manifest: Manifest, slots: int, needed: int) -> None:
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise ConfigError(
+            f"{manifest.name}: the cache of {slots} generations of {manifest.context_length} tokens needs "
+            f"{needed >> 20} MB, this machine has {there >> 20}: lower host.slots"
+        )
+
+
+def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> tuple[type[np.floating[Any]], ...]:
+    """Compares the graph with the manifest; the element types of its cache and of its logits."""
     layers = range(manifest.num_layers)
-    wanted = {"input_ids", "attention_mask"}
-    wanted |= {f"past_key_values.{layer}.{part}" for layer in layers for part in ("key", "value")}
-    found = {value.name: value for value in session.get_inputs()}
-    for name in sorted(wanted ^ set(found)):
+    parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = {value.name: value for value in session.get_outputs()}
+    wanted = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
+    for name in sorted(wanted ^ set(inputs)):
         state = "has no input" if name in wanted else "has a surplus input"
         raise ModelFolderError(f"{manifest.name}: the graph {state} {name!r}")
-    outputs = {value.name for value in session.get_outputs()}
-    needed = {"logits"} | {f"present.{layer}.{part}" for layer in layers for part in ("key", "value")}
-    for name in sorted(needed - outputs):
+    for name in sorted({"logits", *(f"present.{part}" for part in parts)} - set(outputs)):
         raise ModelFolderError(f"{manifest.name}: the graph has no output {name!r}")
-    past = next((value for name, value in found.items() if _PAST.fullmatch(name)), None)
-    if past is None or past.type not in _TYPES:
-        raise ModelFolderError(f"{manifest.name}: the graph's cache is {getattr(past, 'type', 'absent')}")
-    if past.shape[1] not in (manifest.num_kv_heads, None):
-        raise ModelFolderError(f"{manifest.name}: the graph has {past.shape[1]} key-value heads, not as the manifest")
-    return _TYPES[past.type]
+    if not parts:
+        raise ModelFolderError(f"{manifest.name}: the manifest names no layers")
+    cache = [None, manifest.num_kv_heads, manifest.context_length, manifest.head_dim]
+    for part in parts:
+        check_value(manifest, inputs[f"past_key_values.{part}"], cache)
+        check_value(manifest, outputs[f"present.{part}"], cache)
+    check_value(manifest, outputs["logits"], [None, None, manifest.vocab_size])
+    types = [inputs[f"past_key_values.{parts[0]}"].type, outputs["logits"].type]
+    for kind in types:
+        if kind not in _TYPES:
+            raise ModelFolderError(f"{manifest.name}: the graph's cache or logits are {kind}")
+    return tuple(_TYPES[kind] for kind in types)
+
+
+def check_value(manifest: Manifest, value: Any, wanted: Sequence[int | None]) -> None:
+    """Compares the fixed dimensions of a graph's input or output with the manifest's. Raises ModelFolderError."""
+    fits = len(value.shape) == len(wanted) and all(
+        expected is None or not isinstance(found, int) or found == expected
+        for found, expected in zip(value.shape, wanted, strict=True)
+    )
+    if not fits:
+        says = ["any" if size is None else size for size in wanted]
+        raise ModelFolderError(f"{manifest.name}: the graph's {value.name} is {value.shape}, the manifest says {says}")

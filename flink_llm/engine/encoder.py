@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flink_llm.engine.decoder import open_session
+from flink_llm.engine.decoder import check_value, open_session
 from flink_llm.engine.model import ModelFolder
 from flink_llm.errors import ModelFolderError
 
 PADDED_TOKENS = 4096
 """Tokens of one run, padding included."""
+WARM_UP_TOKENS = 1024
+"""The longest text of a warm-up: attention over a longer one takes seconds."""
 
 _KNOWN = {"input_ids", "attention_mask", "token_type_ids"}
 
@@ -26,16 +28,38 @@ class Encoder:
         self._output = "logits" if folder.manifest.kind == "classifier" else "last_hidden_state"
         if not {"input_ids", "attention_mask"} <= self._inputs <= _KNOWN:
             raise ModelFolderError(f"{folder.manifest.name}: the graph's inputs are {sorted(self._inputs)}")
-        if self._output not in {value.name for value in self._session.get_outputs()}:
+        found = {value.name: value for value in self._session.get_outputs()}.get(self._output)
+        if found is None:
             raise ModelFolderError(f"{folder.manifest.name}: the graph has no output {self._output!r}")
+        shape = [None, len(folder.manifest.labels)] if self._output == "logits" else [None, None, None]
+        check_value(folder.manifest, found, shape)
 
-    def run(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
-        """A vector for each text's tokens: an embedding [dimension], or probabilities [labels]."""
-        answers: list[NDArray[np.float32] | None] = [None] * len(texts)
+    def warm_up(self) -> None:
+        """Runs what a request would: the largest token, and a text that fills the context.
+
+        Raises whatever ONNX Runtime does with a graph that is another than the manifest says.
+        """
+        largest = self._manifest.vocab_size - 1
+        for length in {1, min(self._manifest.context_length, WARM_UP_TOKENS)}:
+            answer = self._run([[largest] * length])[0]
+            if self._output == "logits" and len(answer) != len(self._manifest.labels):
+                labels = len(self._manifest.labels)
+                raise ModelFolderError(f"the graph tells {len(answer)} classes apart, the manifest has {labels} labels")
+
+    def run(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32] | Exception]:
+        """A vector for each text's tokens: an embedding [dimension], probabilities [labels], or its error."""
+        answers: dict[int, NDArray[np.float32] | Exception] = {}
         for batch in batches([len(tokens) for tokens in texts]):
-            for i, answer in zip(batch, self._run([texts[i] for i in batch]), strict=True):
-                answers[i] = answer
-        return [answer for answer in answers if answer is not None]
+            answers.update(zip(batch, self._each([texts[i] for i in batch]), strict=True))
+        return [answers[i] for i in range(len(texts))]
+
+    def _each(self, texts: list[list[int]]) -> list[NDArray[np.float32] | Exception]:
+        try:
+            return list(self._run(texts))
+        except Exception as error:
+            if len(texts) == 1:
+                return [error]
+            return [answer for text in texts for answer in self._each([text])]  # shows whose fault it was
 
     def _run(self, texts: list[list[int]]) -> Any:
         longest = max(len(tokens) for tokens in texts)

@@ -1,189 +1,227 @@
-"""From a Hugging Face folder to a model folder: built, measured against the original, or refused.
+"""From a Hugging Face model to a model folder: built, measured against the original, or refused.
 
 Needs the `export` extra (torch, transformers, onnxruntime-genai); nothing else of the library does.
 """
 
-import contextlib
-import io
-import json
-import os
-import shutil
 import tempfile
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from flink_llm.engine.decoder import Decoder
-from flink_llm.engine.model import Manifest, open_model_folder, write_manifest
-from flink_llm.engine.prompts import Prompts
-from flink_llm.engine.tokenizer import Tokenizer
+from flink_llm.engine import export_decoder as decoders
+from flink_llm.engine import export_encoder as encoders
+from flink_llm.engine.export_auto import measure_rates
+from flink_llm.engine.export_encoder import Task
+from flink_llm.engine.export_prompts import check_prompts, open_prompts
+from flink_llm.engine.export_source import NEEDS, Source, open_source
+from flink_llm.engine.model import Manifest, ModelFolder, open_model_folder, write_manifest
+from flink_llm.engine.parity import (
+    LARGEST_DIFFERENCE,
+    MOST,
+    TEXTS,
+    Reference,
+    faults,
+    measure_decoder,
+    measure_encoder,
+    refer,
+)
 from flink_llm.errors import ExportError, ModelFolderError
 
-Precision = Literal["fp32", "int8", "int4"]
-SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
-TOKENS = 32
-LARGEST_DIFFERENCE = {"fp32": 1e-2, "int8": 0.25, "int4": 1.5}
-"""How far a logit may be from the original's, in units of the original's standard deviation."""
+__all__ = ["LARGEST_DIFFERENCE", "Order", "Precision", "Task", "export_decoder", "export_model"]
 
-TEXTS = (
-    "Where is my order 1042?",
-    "The quick brown fox jumps over the lazy dog.",
-    "In 2026 the delivery date was 2026-11-24, and the parcel arrived.",
-    "def add(a, b):\n    return a + b\n",
-)
-_building = threading.Lock()
+Precision = Literal["auto", "fp32", "fp16", "int8", "int4"]
 
 
-def export_decoder(source: Path, to: Path, *, name: str, precision: Precision, license_name: str = "") -> Manifest:
-    """Exports a decoder with its tokenizer and chat template; `to` must not exist.
+@dataclass(frozen=True)
+class Order:
+    """What is wanted. `task` is an encoder's, None for what its architecture says; `texts` are compared
+    instead of the built-in ones, at most 64 of them."""
 
-    Raises ExportError: architecture not served, tools missing, disk full, or parity below the bar. No
-    half folder is left behind.
+    name: str
+    precision: Precision = "auto"
+    task: Task | None = None
+    texts: Sequence[str] = ()
+    license_name: str = ""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A folder that was measured; `faults` says where it is not the original."""
+
+    folder: Path
+    manifest: Manifest
+    faults: list[str]
+
+    @property
+    def refusal(self) -> str:
+        """One line for a person."""
+        return f"refused: {self.manifest.precision} is not the original: {', '.join(self.faults)}"
+
+
+def export_model(
+    source: str | Path, to: Path, order: Order, tell: Callable[[str], None] = lambda line: None
+) -> Manifest:
+    """Exports a local Hugging Face folder or a hub id, with its tokenizer; `to` must not exist.
+
+    With precision `auto` every candidate is built, those that are not the original are left out, and the
+    fastest on this machine is taken; `tell` hears of each. Raises ExportError: architecture not served,
+    tools missing, disk full, or below the bar. No half folder is left behind.
     """
-    config = _config(source)
-    architecture = (config.get("architectures") or ["unknown"])[0]
-    if architecture not in SERVED:
-        raise ExportError(f"{architecture} cannot be served; these can: {', '.join(SERVED)}")
     if to.exists():
         raise ExportError(f"{to} exists already: choose another folder, or remove it")
+    opened = open_source(source)
+    served = (*decoders.SERVED, *encoders.SERVED)
+    if opened.architecture not in served:
+        raise ExportError(f"{opened.architecture} cannot be served; these can: {', '.join(served)}")
+    opened.need_tokenizer()
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
-            _build(source, Path(scratch) / "built", precision)
-            _gather(source, Path(scratch) / "built", made)
-            fields = _fields(config, name, architecture, precision, license_name, source, made)
-            write_manifest(made, **fields)
-            parity = _measure(source, made, precision)
-            manifest = write_manifest(made, **fields, parity=parity)
-            made.rename(to)
+            exporter = _exporter(opened, order, Path(scratch))
+            made = _fastest(exporter, tell) if order.precision == "auto" else exporter.make(order.precision)
+            if made.faults:
+                raise ExportError(made.refusal)
+            made.folder.rename(to)
     except OSError as error:
         raise ExportError(f"{to} cannot be written: {error.strerror or error}") from error
-    return manifest
+    return made.manifest
 
 
-def _config(source: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((source / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{source} is not a Hugging Face folder: config.json: {error}") from error
-    return config
+def _fastest(exporter: "_Exporter", tell: Callable[[str], None]) -> _Made:
+    made = [exporter.make(precision) for precision in exporter.candidates]
+    for each in made:
+        if each.faults:
+            tell(each.refusal)
+    candidates = [each for each in made if not each.faults]
+    if not candidates:
+        return made[-1]
+    rates = measure_rates([made.folder for made in candidates])
+    best = max(range(len(rates)), key=lambda i: rates[i].mean)
+    tell(f"{'':5}  {'MB':>8}  {'1 alone':>9}  {'of 16':>9}  {exporter.unit}/s")
+    for i, (each, rate) in enumerate(zip(candidates, rates, strict=True)):
+        manifest = each.manifest
+        size = sum(file.bytes for file in manifest.files.values()) / 1e6
+        chosen = "  chosen" if i == best else ""
+        tell(f"{manifest.precision:5}  {size:8.1f}  {rate.alone:9.1f}  {rate.together:9.1f}{chosen}")
+    return candidates[best]
 
 
-def _build(source: Path, to: Path, precision: str) -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        from onnxruntime_genai.models import builder
-    except ImportError as error:
-        raise ExportError("export needs more packages: pip install 'flink-llm[cpu,export]'") from error
-    cache = str(to.parent / "cache")
-    told = io.StringIO()
-    with _building, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+class _Exporter:
+    """Makes measured folders of one source in several precisions, what they share only once."""
+
+    unit = "texts"
+    candidates: tuple[str, ...] = ("int8", "fp32")
+    """What `auto` tries. Not fp16: the CPU computes it in fp32 anyway, with casts."""
+
+    def __init__(self, source: Source, order: Order, scratch: Path) -> None:
+        self._source = source
+        self._order = order
+        self._scratch = scratch
+        self._texts = list(order.texts[:MOST]) or list(TEXTS)
+
+    def make(self, precision: str) -> _Made:
+        """A measured folder. Raises ExportError for what cannot be built or opened."""
+        raise NotImplementedError
+
+    def _finish(self, folder: Path, fields: dict[str, Any], measure: Callable[[ModelFolder], Any]) -> _Made:
+        """Opens what was built as users will, measures it, and writes down how it came out."""
+        fields |= {
+            "name": self._order.name,
+            "architecture": self._source.architecture,
+            "source": self._source.name,
+            "license": self._order.license_name,
+        }
+        write_manifest(folder, **fields)
         try:
-            options = builder.parse_extra_options(None, str(source), str(to), precision, "cpu", cache, [])
-            builder.create_model(None, str(source), str(to), precision, "cpu", cache, **options)
-        except Exception as error:  # the builder raises whatever torch and transformers raise
-            raise ExportError(f"{source} could not be built: {type(error).__name__}: {error}") from error
+            parity = measure(open_model_folder(folder))
+            return _Made(folder, write_manifest(folder, **fields, parity=parity), faults(fields["precision"], parity))
+        except ModelFolderError as error:
+            raise ExportError(str(error)) from error
 
 
-def _gather(source: Path, built: Path, made: Path) -> None:
-    for name in ("model.onnx", "model.onnx.data"):
-        if (built / name).exists():
-            shutil.copyfile(built / name, made / name)
-    for name in ("tokenizer.json", "chat_template.jinja", "README.md"):
-        if (source / name).exists():
-            shutil.copyfile(source / name, made / name)
-    if not (made / "tokenizer.json").exists():
-        raise ExportError(f"{source} has no tokenizer.json")
+class _DecoderExporter(_Exporter):
+    unit = "tokens"
+    candidates = ("int8", "int4", "fp32")
+
+    def __init__(self, source: Source, order: Order, scratch: Path) -> None:
+        super().__init__(source, order, scratch)
+        self._reference: Reference | None = None
+
+    def make(self, precision: str) -> _Made:
+        """See `_Exporter`. An int8 folder whose logits suffer keeps the product that makes them in fp32."""
+        made = self._make(precision, head=True)
+        if not made.faults or precision != "int8":
+            return made
+        return self._make(precision, head=False)
+
+    def _make(self, precision: str, *, head: bool) -> _Made:
+        folder = self._scratch / f"{precision}-{head}"
+        fields = decoders.build_decoder(self._source, folder, self._scratch, precision, head=head)
+        fields |= {"kind": "decoder", "precision": precision}
+
+        def measure(opened: ModelFolder) -> dict[str, Any]:
+            reference = self._refer(opened)
+            parity = measure_decoder(opened, reference, precision)
+            return parity if head else parity | {"logits_product": "fp32"}
+
+        return self._finish(folder, fields, measure)
+
+    def _refer(self, opened: ModelFolder) -> Reference:
+        if self._reference is None:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            check_prompts(self._source.folder, opened)
+            tokenizer, prompts = open_prompts(opened)
+            plain = [tokenizer.encode_marked(text) for text in self._texts]
+            asked = list(plain)
+            if "chat_template.jinja" in opened.files:
+                asked += [prompts.chat([{"role": "user", "content": text}], None) for text in self._texts]
+            with encoders.hushed():
+                original = AutoModelForCausalLM.from_pretrained(self._source.folder, dtype=torch.float32).eval()
+            self._reference = refer(original, [tokens for tokens in asked if tokens], plain)
+        return self._reference
 
 
-def _fields(
-    config: dict[str, Any], name: str, architecture: str, precision: str, license_name: str, source: Path, made: Path
-) -> dict[str, Any]:
-    heads = config["num_attention_heads"]
-    ends = config.get("eos_token_id")
-    special = {}
-    with contextlib.suppress(OSError, ValueError):
-        tokens = json.loads((source / "tokenizer_config.json").read_text())
-        for role in ("bos_token", "eos_token", "pad_token"):
-            token = tokens.get(role)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                special[role] = token
-    return {
-        "name": name,
-        "kind": "decoder",
-        "architecture": architecture,
-        "precision": precision,
-        "context_length": int(config["max_position_embeddings"]),
-        "vocab_size": int(config["vocab_size"]),
-        "num_layers": int(config["num_hidden_layers"]),
-        "num_kv_heads": int(config.get("num_key_value_heads") or heads),
-        "head_dim": int(config.get("head_dim") or config["hidden_size"] // heads),
-        "eos_token_ids": ends if isinstance(ends, list) else [] if ends is None else [ends],
-        "special_tokens": special,
-        "source": source.name,
-        "license": license_name,
-    }
+class _EncoderExporter(_Exporter):
+    def __init__(self, source: Source, order: Order, scratch: Path) -> None:
+        super().__init__(source, order, scratch)
+        self._task = encoders.task_of(source, order.task)
+        self._original: Any = None
+
+    def make(self, precision: str) -> _Made:
+        """See `_Exporter`."""
+        folder = self._scratch / precision
+        fields = encoders.build_encoder(self._source, folder, self._scratch, precision, self._task)
+        fields |= {"kind": self._task, "precision": precision}
+
+        def measure(opened: ModelFolder) -> dict[str, Any]:
+            if self._original is None:
+                check_prompts(self._source.folder, opened)
+                self._original = encoders.load_original(self._source, self._task)
+            tokenizer, _ = open_prompts(opened)
+            tokens = [tokenizer.encode_marked(text) for text in self._texts]
+            return measure_encoder(opened, self._original, [each for each in tokens if each], self._task)
+
+        return self._finish(folder, fields, measure)
 
 
-def _measure(source: Path, made: Path, precision: str) -> dict[str, Any]:
-    """Compares with transformers: the logits over prompt and reply, and the greedy tokens.
-
-    A greedy token counts as different where the original's two best logits are further apart than the
-    largest difference allowed; a text's comparison ends at its first excused difference.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
+def _exporter(source: Source, order: Order, scratch: Path) -> _Exporter:
+    is_decoder = source.architecture in decoders.SERVED
+    if is_decoder and order.task is not None:
+        raise ExportError(f"{source.architecture} is a decoder: it has no task {order.task!r}")
+    kinds = decoders.PRECISIONS if is_decoder else encoders.PRECISIONS
+    if order.precision not in ("auto", *kinds):
+        raise ExportError(f"{source.architecture} is exported in {', '.join(kinds)}, not in {order.precision}")
     try:
-        folder = open_model_folder(made)
-        decoder = Decoder(folder, device="cpu", threads=0, slots=1)
-    except ModelFolderError as error:
-        raise ExportError(str(error)) from error
-    tokenizer = Tokenizer(folder.files["tokenizer.json"], folder.manifest.vocab_size)
-    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    bar = LARGEST_DIFFERENCE[precision]
-    worst, compared, equal = 0.0, 0, 0
-    for prompt in _prompts(folder.files, tokenizer):
-        with torch.no_grad():
-            tokens = original.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, pad_token_id=0)[
-                0
-            ].tolist()
-            wanted = original(torch.tensor([tokens])).logits[0].numpy()
-        scale = float(wanted.std())
-        found = [decoder.prefill(0, prompt, 0).copy()]
-        found += [decoder.step([0], [token])[0].copy() for token in tokens[len(prompt) : -1]]
-        for row, logits in enumerate(found):
-            reference = wanted[len(prompt) - 1 + row]
-            worst = max(worst, float(np.abs(logits - reference).max()) / scale)
-            best = np.partition(reference, -2)[-2:]
-            compared += 1
-            if int(logits.argmax()) == int(reference.argmax()):
-                equal += 1
-            elif abs(float(best[1] - best[0])) <= bar * scale:
-                compared -= 1
-                break
-    return _judge(precision, worst, equal / max(1, compared))
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ExportError(NEEDS) from error
+    return (_DecoderExporter if is_decoder else _EncoderExporter)(source, order, scratch)
 
 
-def _prompts(files: dict[str, bytes], tokenizer: Tokenizer) -> Sequence[list[int]]:
-    plain = [tokenizer.encode_text(text) for text in TEXTS]
-    if "chat_template.jinja" not in files:
-        return plain
-    prompts = Prompts(files["chat_template.jinja"].decode(), tokenizer, {})
-    return [prompts.chat([{"role": "user", "content": text}], None) for text in TEXTS] + plain
-
-
-def _judge(precision: str, worst: float, match: float) -> dict[str, Any]:
-    bar = LARGEST_DIFFERENCE[precision]
-    if not np.isfinite(worst) or worst > bar or match < 1.0:
-        raise ExportError(
-            f"refused: {precision} is not the original: a logit is {worst:.3f} standard deviations off "
-            f"(bar {bar}), greedy tokens agree to {match:.1%} (bar 100%)"
-        )
-    return {"max_logit_difference": round(worst, 6), "greedy_match": match, "against": "transformers, fp32"}
+def export_decoder(source: Path, to: Path, *, name: str, precision: Precision, license_name: str = "") -> Manifest:
+    """`export_model` in its earlier form."""
+    return export_model(source, to, Order(name, precision, license_name=license_name))

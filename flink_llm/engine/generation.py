@@ -6,12 +6,13 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Literal, Self, Unpack
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
+from msgspec import NODEFAULT, Struct
 
 from flink_llm.engine.options import Choices, chosen
 from flink_llm.engine.protocol import (
@@ -28,7 +29,10 @@ from flink_llm.engine.protocol import (
 from flink_llm.errors import ConfigError, Outage, Overloaded, RecordError
 from flink_llm.records import ChatResponse, Message, Timings, TokenRecord, Usage
 
+_fields = lru_cache(msgspec.structs.fields)
 _stable = msgspec.msgpack.Encoder(order="deterministic")
+_NOT_CONTENT = frozenset({"call", "work", "request_id", "deadline", "priority"})
+"""Fields of a `Submit` that do not make it other work: how it is asked for, not what."""
 
 
 class CallInfo:
@@ -74,17 +78,27 @@ def _call_info() -> CallInfo:
 def work_id(info: CallInfo, what: Submit) -> str:
     """What a piece of work is found again by after a restore.
 
-    A hash of job, operator, key, request id, model, input, options, and how many identical calls came
-    before it in this record, which this call becomes one of. Frozen: another formula would repeat
-    generations instead of re-attaching.
+    A hash of job, operator, key, request id, of the model, input and options by their names as far as they
+    are not the defaults, and of how many identical calls came before it in this record, which this call
+    becomes one of. Frozen, and with it the defaults: another formula would repeat generations instead of
+    re-attaching. A field that is added with a default changes no hash.
     """
-    parts = [
-        info.job, info.operator, info.key, info.request_id, what.model, what.kind, what.messages,
-        what.features, what.prompt, what.text, msgspec.to_builtins(what.options),
-    ]  # fmt: skip
+    content = {name: value for name, value in _stated(what).items() if name not in _NOT_CONTENT}
+    parts = [info.job, info.operator, info.key, info.request_id, content]
     digest = hashlib.sha256(_stable.encode(parts)).hexdigest()
     info.counts[digest] += 1
     return hashlib.sha256(f"{digest}/{info.counts[digest] - 1}".encode()).hexdigest()
+
+
+def _stated(struct: Struct) -> dict[str, Any]:
+    """The fields that are not as by default, by name."""
+    found = {}
+    for field in _fields(type(struct)):
+        value = getattr(struct, field.name)
+        default = field.default if field.default_factory is NODEFAULT else field.default_factory()
+        if value != default:
+            found[field.name] = _stated(value) if isinstance(value, Struct) else value
+    return found
 
 
 class _Served:

@@ -6,6 +6,7 @@ restarted worker finds it again.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -19,7 +20,8 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from flink_llm import __version__
-from flink_llm.engine.place import socket_path
+from flink_llm.engine.faults import fault_of
+from flink_llm.engine.place import held_file, socket_path
 from flink_llm.engine.protocol import (
     PROTOCOL_VERSION,
     Cancel,
@@ -39,7 +41,7 @@ from flink_llm.engine.protocol import (
 )
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.engine.work import LINGER_S, Backend, Listener, WorkTable
-from flink_llm.errors import ConfigError, FlinkLlmError, ModelFolderError, ProtocolError
+from flink_llm.errors import ConfigError, FlinkLlmError, ModelFolderError, Outage, ProtocolError
 
 log = logging.getLogger(__name__)
 UNSENT_LIMIT_BYTES = 64 * 1024 * 1024
@@ -164,12 +166,14 @@ class _Peer(asyncio.Protocol):
     async def _load(self, load: Load) -> None:
         try:
             loaded = await self._host.table.load(load.folder, load.sha256)
-        except (ModelFolderError, ConfigError) as error:
-            self.send(Fault(call=load.call, kind="model_folder", code="model_folder", message=str(error)))
+        except (ModelFolderError, ConfigError, Outage) as error:
+            fault = fault_of(error, load.call)
+            log.warning("a model is not loaded: %s", fault.message)
+            self.send(fault)
         except Exception as error:  # whatever loading raises is told to the client, the host lives on
             log.exception("%s could not be loaded", load.folder)
-            text = f"{load.folder} could not be loaded: {type(error).__name__}: {error}"[:500]
-            self.send(Fault(call=load.call, kind="outage", code="outage", message=text))
+            text = f"{load.folder} could not be loaded: {type(error).__name__}: {error}"
+            self.send(fault_of(Outage(text), load.call))
         else:
             self.send(msgspec.structs.replace(loaded, call=load.call))
 
@@ -189,20 +193,24 @@ class Host:
         self._over = asyncio.Event()
 
     async def run(self, path: Path) -> None:
-        """Serves until there is nobody left, or `stop`. A socket that lies at `path` is replaced."""
+        """Serves until there is nobody left, or `stop`. A socket that lies at `path` is replaced.
+
+        At the end it is removed, unless it is another host's by then.
+        """
         loop = asyncio.get_running_loop()
-        _remove(path)
+        _remove(path, _identity(path))
         previous = os.umask(0o077)
         try:
             server = await loop.create_unix_server(lambda: _Peer(self), str(path), backlog=512)
         finally:
             os.umask(previous)
+        bound = _identity(path)
         log.info("serving %s on %s", self.device, path)
         self._wait_for_nobody()
         try:
             await self._over.wait()
         finally:
-            _remove(path)
+            _remove(path, bound)
             server.close()
             for peer in tuple(self.peers):
                 peer.close()
@@ -230,8 +238,17 @@ class Host:
             self._over.set()
 
 
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
+def _remove(path: Path, bound: tuple[int, int] | None) -> None:
+    """Removes the socket that was bound, and no other that lies there by now."""
+    if _identity(path) == bound:
+        path.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 async def _run(host: Host, path: Path) -> None:
@@ -245,13 +262,16 @@ def serve(backend: Callable[[HostSettings], Backend], settings: HostSettings, pa
     """Runs a host in this process until it is over; errors at start are one line and exit status 1.
 
     A lock beside the socket is held meanwhile: there is one host per socket, and a new one waits
-    `PREDECESSOR_S` for one that is about to end.
+    `PREDECESSOR_S` for one that is about to end. It works in the socket's folder, away from files that
+    somebody else may write.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         device = resolve_device(settings.device)
-        with FileLock(path.with_suffix(".held"), timeout=PREDECESSOR_S):
+        path = path.absolute()
+        with FileLock(held_file(path), timeout=PREDECESSOR_S):
             host = Host(backend(settings), device, linger_s=settings.linger_s, linger_work_s=settings.linger_work_s)
+            os.chdir(path.parent)
             asyncio.run(_run(host, path))
     except Timeout:
         _refuse(f"another host of {path} is alive; stop it first")
@@ -267,7 +287,7 @@ def _refuse(why: str) -> None:
 def _onnx(settings: HostSettings) -> Backend:
     from flink_llm.engine.engine import OnnxBackend  # ONNX Runtime, for the host only
 
-    return OnnxBackend(settings)
+    return OnnxBackend(settings, when_dead=lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def command(

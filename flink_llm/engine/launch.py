@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flink_llm.engine.place import held_file
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.errors import ConfigError, Outage
 from flink_llm.local import processes
@@ -16,14 +17,16 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 5.0
 POLL_S = 0.05
 PROBE_S = 1.0
+LOG_BYTES = 10 * 1024 * 1024
+"""Of a log that is larger when a host is started, the host begins another; the one before is kept."""
 
 
 def start_host(settings: HostSettings, path: Path) -> None:
     """Starts the host of the socket `path` unless somebody else just has; waits until it listens.
 
     It runs in a session of its own with a log of its own, beside the socket. Blocks for up to
-    `settings.start_timeout_s`. Raises Outage when that was too short, ConfigError with the last line of
-    the log when the host ends, LocalError when it cannot be run.
+    `settings.start_timeout_s`. Raises Outage when that was too short or another host will not let go,
+    ConfigError with the last line of the log when the host ends, LocalError when it cannot be run.
     """
     patience = settings.start_timeout_s
     try:
@@ -50,11 +53,13 @@ def _start(settings: HostSettings, path: Path) -> None:
     device = resolve_device(settings.device)
     log.info("starting the model host (%s), log in %s", device, log_file)
     began = told = time.monotonic()
-    written = log_file.stat().st_size if log_file.exists() else 0
+    written = _turn_over(log_file)
     started = processes.start(_command(settings, device, path), log_file)
     while not listening(path):
         now = time.monotonic()
         if started.process() is None:
+            if _held(path):
+                raise Outage(f"another host of {path} is alive and does not listen")
             last = _last_line(log_file, written)
             raise ConfigError(f"the model host ended at its start: {last} (log: {log_file})")
         if now - began > settings.start_timeout_s:
@@ -80,6 +85,24 @@ def _command(settings: HostSettings, device: str, path: Path) -> list[str]:
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", settings.launcher, *words, "--", *settings.launcher_args]
+
+
+def _held(path: Path) -> bool:
+    """Whether a host of this socket lives."""
+    try:
+        with FileLock(held_file(path), timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _turn_over(log_file: Path) -> int:
+    """Bounds the log; gives the bytes that are in it."""
+    size = log_file.stat().st_size if log_file.exists() else 0
+    if size <= LOG_BYTES:
+        return size
+    log_file.replace(log_file.with_suffix(".log.1"))
+    return 0
 
 
 def _last_line(log_file: Path, start: int) -> str:

@@ -6,8 +6,8 @@
     manifest.json                  what it is, and size and SHA-256 of every other file
 
 Nothing of a folder is used before all of it was read and compared, and what was compared is what is
-used: the bytes themselves for everything but a graph's external data, which ONNX Runtime reads from a
-private copy made of the bytes that were compared.
+used: the bytes themselves, and for the graph a private copy made of them. ONNX Runtime is given that
+copy's path: of a graph without one it would look for external data in the working directory.
 """
 
 import hashlib
@@ -15,23 +15,28 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from flink_llm.errors import ModelFolderError
 
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
+MANIFEST_BYTES = 1_000_000
+
+Size = Annotated[int, Meta(ge=1, le=2**24)]
+"""Of a context or a vocabulary. Whether the machine has the memory for it is seen at the load."""
+Count = Annotated[int, Meta(ge=0, le=2**16)]
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """Size in bytes and SHA-256 in hex."""
 
     sha256: str
-    bytes: int
+    bytes: Annotated[int, Meta(ge=0)]
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
@@ -42,13 +47,13 @@ class Manifest(Struct, frozen=True, kw_only=True):
     kind: Literal["decoder", "embedding", "classifier"]
     architecture: str
     precision: str
-    context_length: int
-    vocab_size: int
+    context_length: Size
+    vocab_size: Size
     files: dict[str, FileEntry]
-    num_layers: int = 0
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    eos_token_ids: list[int] = []
+    num_layers: Count = 0
+    num_kv_heads: Count = 0
+    head_dim: Count = 0
+    eos_token_ids: list[Annotated[int, Meta(ge=0)]] = []
     special_tokens: dict[str, str] = {}
     labels: list[str] = []
     pooling: Literal["mean", "cls", "last"] = "mean"
@@ -65,17 +70,30 @@ class ModelFolder(Struct, frozen=True):
     sha256: str
     files: dict[str, bytes]
 
-    def graph_file(self, stack: Any) -> str | bytes:
-        """What an inference session is made of: the graph's bytes, or a path in a private copy.
+    def graph_file(self, stack: Any) -> str:
+        """The path of the graph in a private copy.
 
         `stack` is a contextlib.ExitStack that keeps the copy until the session is made.
         """
-        if DATA not in self.files:
-            return self.files[GRAPH]
         copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flink-llm-model-")))
         for name in (GRAPH, DATA):
-            (copy / name).write_bytes(self.files[name])
+            if name in self.files:
+                (copy / name).write_bytes(self.files[name])
         return str(copy / GRAPH)
+
+
+def read_manifest(folder: str | Path, expected: str | None = None) -> tuple[Manifest, str]:
+    """A folder's manifest and its SHA-256, which must be `expected` if that is given; nothing else is read.
+
+    Raises ModelFolderError.
+    """
+    folder = Path(folder)
+    _names(folder)
+    raw = _read(folder / MANIFEST, MANIFEST_BYTES, f"a manifest has at most {MANIFEST_BYTES}")
+    digest = hashlib.sha256(raw).hexdigest()
+    if expected is not None and digest != expected:
+        raise ModelFolderError(f"{folder} is another model than expected: {digest[:12]} instead of {expected[:12]}")
+    return _parse(raw, folder), digest
 
 
 def open_model_folder(folder: str | Path, expected: str | None = None) -> ModelFolder:
@@ -85,18 +103,8 @@ def open_model_folder(folder: str | Path, expected: str | None = None) -> ModelF
     another size or content, or a manifest that is none.
     """
     folder = Path(folder)
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder))
-    except OSError as error:
-        raise ModelFolderError(f"{folder} is not a model folder: {error.strerror or error}") from error
-    if MANIFEST not in names:
-        raise ModelFolderError(f"{folder} has no {MANIFEST}: it is not a model folder")
-    raw = _read(folder / MANIFEST)
-    manifest = _parse(raw, folder)
-    digest = hashlib.sha256(raw).hexdigest()
-    if expected is not None and digest != expected:
-        raise ModelFolderError(f"{folder} is another model than expected: {digest[:12]} instead of {expected[:12]}")
-    for name in names:
+    manifest, digest = read_manifest(folder, expected)
+    for name in _names(folder):
         if name != MANIFEST and name not in manifest.files:
             raise ModelFolderError(f"{folder / name} is not named by the manifest")
     files = {name: _checked(folder, name, entry) for name, entry in manifest.files.items()}
@@ -118,10 +126,20 @@ def write_manifest(folder: Path, **fields: Any) -> Manifest:
     return manifest
 
 
+def _names(folder: Path) -> list[str]:
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder))
+    except (OSError, ValueError) as error:  # ValueError for a NUL in the path
+        raise ModelFolderError(f"{folder} is not a model folder: {getattr(error, 'strerror', error)}") from error
+    if MANIFEST not in names:
+        raise ModelFolderError(f"{folder} has no {MANIFEST}: it is not a model folder")
+    return names
+
+
 def _parse(raw: bytes, folder: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelFolderError(f"{folder / MANIFEST} cannot be read: {error}") from error
     if manifest.format != 1:
         raise ModelFolderError(f"{folder / MANIFEST} is of format {manifest.format}, this release reads 1")
@@ -131,16 +149,18 @@ def _parse(raw: bytes, folder: Path) -> Manifest:
 def _checked(folder: Path, name: str, entry: FileEntry) -> bytes:
     if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or "\0" in name:
         raise ModelFolderError(f"the manifest of {folder} names {name!r}, which is not a plain file name")
-    data = _read(folder / name)
+    says = f"the manifest says {entry.bytes}"
+    data = _read(folder / name, entry.bytes, says)
     if len(data) != entry.bytes:
-        raise ModelFolderError(f"{folder / name} has {len(data)} bytes, the manifest says {entry.bytes}")
+        raise ModelFolderError(f"{folder / name} has {len(data)} bytes, {says}")
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise ModelFolderError(f"{folder / name} is not what the manifest says: its SHA-256 differs")
     return data
 
 
-def _read(path: Path) -> bytes:
-    """The bytes of a regular file with one link, opened without following links."""
+def _read(path: Path, most: int, says: str) -> bytes:
+    """The bytes of a regular file with one link, opened without following links; one of more than `most`
+    bytes is refused unread, as `says` says."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError as error:
@@ -153,4 +173,6 @@ def _read(path: Path) -> bytes:
             raise ModelFolderError(f"{path} is not a regular file")
         if found.st_nlink != 1:
             raise ModelFolderError(f"{path} has {found.st_nlink} hard links: a model's files have one")
-        return file.read()
+        if found.st_size > most:
+            raise ModelFolderError(f"{path} has {found.st_size} bytes, {says}")
+        return file.read(most)

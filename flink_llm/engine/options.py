@@ -54,8 +54,16 @@ def default_seed(request_id: str) -> int:
 def chosen(choices: Choices, request_id: str) -> Options:
     """Checked options with every default filled in. Raises RecordError `bad_option`."""
     given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    return Options(**msgspec.structs.asdict(_in_range({**_DEFAULTS, "seed": default_seed(request_id), **given})))
+
+
+def check(options: Options) -> None:
+    """Options that came over a socket, where a client may say anything. Raises RecordError `bad_option`."""
+    _in_range(msgspec.structs.asdict(options))
+
+
+def _in_range(values: dict[str, Any]) -> _Ranges:
     try:
-        ranges = msgspec.convert({**_DEFAULTS, "seed": default_seed(request_id), **given}, _Ranges)
+        return msgspec.convert(values, _Ranges)
     except msgspec.ValidationError as error:
         raise RecordError("bad_option", str(error)) from error
-    return Options(**msgspec.structs.asdict(ranges))

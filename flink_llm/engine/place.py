@@ -38,6 +38,11 @@ def _gpu(device: str) -> str:
     return visible[int(number)] if number and int(number) < len(visible) else number
 
 
+def held_file(path: Path) -> Path:
+    """The lock that a host of the socket `path` holds while it lives."""
+    return path.with_suffix(".held")
+
+
 def socket_path(settings: HostSettings) -> Path:
     """The socket's path: device, versions, and a digest of what else makes a host another host."""
     device = resolve_device(settings.device)

@@ -58,8 +58,10 @@ class Submit(Struct, frozen=True, tag="submit", kw_only=True):
 
     `work` identifies it for re-attachment: while a generation of that `work` is alive its events are
     sent again from sequence 0, and a finished one is answered from memory. `kind` "generate" takes
-    `messages` (with `features`) or `prompt`; "embed" and "classify" take `text`. `deadline` is in
-    seconds from now, None for none. `priority` 0 is served first.
+    `messages` (with `features`) or `prompt`; "embed" and "classify" take `text`. `priority` 0 is served
+    first, 9 last. `deadline`: in how many seconds the client will cancel, as far as it knows now, None for
+    never. It is a hint for who is to run and who had better be refused, and ends nothing: the client's
+    clock may stand still, and somebody else may have come to listen.
     """
 
     call: int
@@ -197,7 +199,11 @@ class Engine(Protocol):
         """
 
     async def close(self) -> None:
-        """Lets go of the engine; what is in flight is cancelled."""
+        """Lets go of the engine; calls in flight end in Outage.
+
+        An engine in this process stops with it. A host goes on with its work for a while, so that a job
+        that is restarted finds it again.
+        """
 
 
 def frame(message: ToHost | ToClient) -> bytes:

@@ -33,6 +33,8 @@ class Sequence:
         self.last = token
         if token in self._ends:
             self.finish = "stop"
+            self._held += self._detokenizer.finish()
+            self._cut_at_stop()
             return self._flush()
         self._held += self._detokenizer.add(token)
         if self._cut_at_stop():
@@ -45,25 +47,19 @@ class Sequence:
         return self._say(len(self._held) - self._longest_start_of_a_stop())
 
     def done(self) -> Done:
-        """The end. A sequence without a `finish` was ended by its deadline."""
+        """The end, once there is a `finish`."""
         further = max(1, self.count - 1)
         return Done(
             call=0,
             generation=self.generation,
-            text="".join(self._said) if self.finish else "".join(self._said) + self._held,
-            finish=self.finish or "deadline",
+            text="".join(self._said),
+            finish=self.finish or "cancelled",
             prompt_tokens=len(self.prompt),
             completion_tokens=self.count,
             queue_ms=(self.began - self.arrived) * 1000,
             first_token_ms=(self.first - self.arrived) * 1000 if self.count else 0.0,
             per_token_ms=(self.latest - self.first) * 1000 / further if self.count else 0.0,
         )
-
-    def flush(self) -> Tokens | None:
-        """What was held back, for an end that the model did not choose."""
-        self.finish = "deadline"
-        self._held += self._detokenizer.finish()
-        return self._flush()
 
     def _cut_at_stop(self) -> bool:
         at = [self._held.find(stop) for stop in self.options.stop]

@@ -1,5 +1,9 @@
 """Text to tokens and back. A user's text never becomes a special token, and no character is cut."""
 
+import json
+from collections.abc import Callable
+from typing import Any
+
 from tokenizers import Tokenizer as HfTokenizer
 
 from flink_llm.errors import ModelFolderError
@@ -12,40 +16,76 @@ WINDOW = 8
 class Tokenizer:
     """A Hugging Face `tokenizer.json`. Safe to share between threads.
 
-    Raises ModelFolderError for what is no tokenizer, or one that knows more tokens than the model.
+    Ids are below `size`. `longest`: characters of its longest token. `marks`: special tokens that it puts
+    around a text.
+    Raises ModelFolderError for what is no tokenizer, or one that knows tokens the model does not.
     """
 
     def __init__(self, definition: bytes, vocab_size: int | None = None) -> None:
         try:
             self._text = HfTokenizer.from_buffer(definition)
             self._template = HfTokenizer.from_buffer(definition)
+            self._later = HfTokenizer.from_str(json.dumps(_unprefixed(json.loads(definition))))
+            vocabulary: dict[str, int] = self._text.get_vocab(with_added_tokens=True)
+            added = self._text.get_added_tokens_decoder()
         except Exception as error:  # the library raises bare Exceptions
             raise ModelFolderError(f"tokenizer.json is not a tokenizer: {error}") from error
-        self._text.encode_special_tokens = True
-        for tokenizer in (self._text, self._template):
+        self._text.encode_special_tokens = self._later.encode_special_tokens = True
+        for tokenizer in (self._text, self._later, self._template):
             tokenizer.no_padding()
             tokenizer.no_truncation()
-        self.size: int = self._text.get_vocab_size(with_added_tokens=True)
+        self._special = {token: str(kind.content) for token, kind in added.items() if kind.special}
+        self.longest = max(map(len, vocabulary), default=1)
+        self.marks: int = self._text.num_special_tokens_to_add(False)
+        self.size = max(vocabulary.values(), default=-1) + 1
         if vocab_size is not None and self.size > vocab_size:
             raise ModelFolderError(
-                f"tokenizer.json knows {self.size} tokens, the model {vocab_size}: they do not belong together"
+                f"tokenizer.json has a token {self.size - 1}, the model knows {vocab_size}: they do not belong together"
             )
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of a user's text; what looks like a special token stays text."""
         return list(self._text.encode(text, add_special_tokens=False).ids)
 
-    def encode_template(self, text: str) -> list[int]:
-        """Tokens of a template's own text, special tokens included."""
-        return list(self._template.encode(text, add_special_tokens=False).ids)
+    def encode_template(self, text: str, fill: Callable[[str], str]) -> list[int]:
+        """Tokens of a template's text, its special tokens included.
+
+        What is between two of those goes through `fill`, which puts users' texts in: nothing in it becomes
+        a special token, and its own text is tokenised together with them, as the model was taught.
+        """
+        tokens: list[int] = []
+        start = 0
+        found = self._template.encode(text, add_special_tokens=False)
+        for token, (begin, end) in zip(found.ids, found.offsets, strict=True):
+            if token in self._special:
+                tokens += self._between(fill(text[start:begin]), start)
+                tokens.append(token)
+                start = end
+        return tokens + self._between(fill(text[start:]), start)
+
+    def encode_marked(self, text: str, limit: int | None = None) -> list[int]:
+        """Tokens of a user's text with the special ones that belong around it, at most `limit`.
+
+        Empty for a text that has no tokens of its own.
+        """
+        ids = self._text.encode(text[: limit * self.longest] if limit else text, add_special_tokens=False)
+        if not ids.ids:
+            return []
+        if limit and len(ids) > limit - self.marks:
+            ids.truncate(limit - self.marks)
+        return list(self._text.post_process(ids, add_special_tokens=True).ids)
 
     def encode_for_encoder(self, text: str, limit: int) -> list[int]:
-        """Tokens of a user's text with the marks an encoder expects around it, at most `limit`."""
-        marks = self._text.num_special_tokens_to_add(False)
-        ids = self._text.encode(text, add_special_tokens=False)
-        if len(ids) > limit - marks:
-            ids.truncate(limit - marks)
-        return list(self._text.post_process(ids, add_special_tokens=True).ids)
+        """As `encode_marked`."""
+        return self.encode_marked(text, limit)
+
+    def holds_special(self, text: str) -> bool:
+        """Whether the text of a special token is in it."""
+        return any(special in text for special in self._special.values())
+
+    def _between(self, text: str, start: int) -> list[int]:
+        tokenizer = self._later if start else self._text
+        return list(tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, special ones left out."""
@@ -55,6 +95,19 @@ class Tokenizer:
         """The id of a token by its text, None for an unknown one."""
         found: int | None = self._template.token_to_id(name)
         return found
+
+
+def _unprefixed(definition: Any) -> Any:
+    """The definition of a tokenizer that takes no text for the beginning of one.
+
+    Llama's put a space before what stands first, and so before every piece that is encoded by itself.
+    """
+    if isinstance(definition, list):
+        return [_unprefixed(item) for item in definition]
+    if not isinstance(definition, dict):
+        return definition
+    changed = {name: item if name == "model" else _unprefixed(item) for name, item in definition.items()}
+    return changed | {"prepend_scheme": "never"} if changed.get("prepend_scheme") == "first" else changed
 
 
 class Detokenizer:

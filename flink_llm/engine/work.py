@@ -15,12 +15,16 @@ from typing import Protocol
 
 import msgspec
 
+from flink_llm.engine.faults import closed, fault_of
 from flink_llm.engine.protocol import Done, Event, Fault, Loaded, Submit, Tokens
-from flink_llm.errors import FlinkLlmError
+from flink_llm.errors import Outage
 
 log = logging.getLogger(__name__)
 REMEMBERED = 4096
+REMEMBERED_BYTES = 64 * 1024 * 1024
 REMEMBER_S = 120.0
+EVENT_BYTES = 150
+"""About what an event takes beside its text."""
 LINGER_S = 30.0
 
 
@@ -31,7 +35,10 @@ class Backend(Protocol):
         """Makes a model ready. Raises ModelFolderError, ConfigError, Outage."""
 
     def start(self, work: Submit, generation: str, emit: Callable[[Event], None]) -> Callable[[], None]:
-        """Starts a piece of work, which ends with one `Done` or `Fault`; returns what cancels it."""
+        """Starts a piece of work, which ends with one `Done` or `Fault`; returns what cancels it.
+
+        Whatever it raises instead is the end of that work.
+        """
 
     async def close(self) -> None: ...
 
@@ -99,10 +106,11 @@ class Events(AsyncIterator[Event]):
 class _Alive:
     """A piece of work and all it has said so far."""
 
-    __slots__ = ("cancel", "done", "ended_at", "generation", "listeners", "lost_at", "said", "work")
+    __slots__ = ("cancel", "done", "ended_at", "generation", "kind", "listeners", "lost_at", "said", "work")
 
-    def __init__(self, work: str) -> None:
-        self.work = work
+    def __init__(self, work: Submit) -> None:
+        self.work = work.work
+        self.kind = work.kind
         self.generation = uuid.uuid4().hex
         self.said: list[Event] = []
         self.listeners: list[Listener] = []
@@ -110,6 +118,11 @@ class _Alive:
         self.done = False
         self.ended_at = 0.0
         self.lost_at = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """About how much memory it takes."""
+        return sum(EVENT_BYTES + len(event.text) for event in self.said if isinstance(event, (Tokens, Done)))
 
 
 class Listener:
@@ -131,8 +144,9 @@ class Listener:
 class WorkTable:
     """An `Engine` over a backend. Lives on one loop.
 
-    `linger_s`: how long work goes on whose listeners were lost. Of what has finished, `REMEMBERED`
-    answers are kept for `REMEMBER_S` seconds.
+    `linger_s`: how long work goes on whose listeners were lost; while somebody listens, only the engine
+    ends it. Of generations that have finished, at most `REMEMBERED` and about `REMEMBERED_BYTES` are kept,
+    for `REMEMBER_S` seconds; other work is soon done again.
     """
 
     def __init__(self, backend: Backend, *, linger_s: float = LINGER_S) -> None:
@@ -140,6 +154,9 @@ class WorkTable:
         self._linger_s = linger_s
         self._alive: dict[str, _Alive] = {}
         self._finished: OrderedDict[str, _Alive] = OrderedDict()
+        self._finished_bytes = 0
+        self._pruning: asyncio.TimerHandle | None = None
+        self._closed = False
 
     @property
     def alive(self) -> int:
@@ -148,6 +165,8 @@ class WorkTable:
 
     async def load(self, folder: str, sha256: str | None = None) -> Loaded:
         """See `Engine.load`."""
+        if self._closed:
+            raise Outage("the engine is closed")
         return await self._backend.load(folder, sha256)
 
     def submit(self, work: Submit) -> Events:
@@ -160,8 +179,14 @@ class WorkTable:
     def join(self, work: Submit, hear: Callable[[Event], None]) -> Listener:
         """Calls `hear` with every event of the work, those it has said already before this returns.
 
-        Starts the work unless it is alive or remembered; events carry the number `work.call`.
+        Starts the work unless it is alive or remembered; events carry the number `work.call`. After `close`
+        all there is to hear is an outage.
         """
+        if self._closed:
+            hear(closed(work.call))
+            ended = _Alive(work)
+            ended.done = True
+            return Listener(ended, work.call, hear)
         alive = self._alive.get(work.work) or self._recall(work.work)
         if alive is not None:
             listener = Listener(alive, work.call, hear)
@@ -170,7 +195,7 @@ class WorkTable:
             if not alive.done:
                 alive.listeners.append(listener)
             return listener
-        alive = self._alive[work.work] = _Alive(work.work)
+        alive = self._alive[work.work] = _Alive(work)
         listener = Listener(alive, work.call, hear)
         alive.listeners.append(listener)
         self._start(work, alive)
@@ -192,11 +217,14 @@ class WorkTable:
 
     async def close(self) -> None:
         """Cancels what is alive, as an outage to whoever listens, and closes the backend."""
+        self._closed = True
+        if self._pruning is not None:
+            self._pruning.cancel()
         for alive in list(self._alive.values()):
             listeners = alive.listeners
             self._cancel(alive)
             for listener in listeners:
-                listener.hear(Fault(call=listener.call, kind="outage", code="outage", message="the engine is closed"))
+                listener.hear(closed(listener.call))
         await self._backend.close()
 
     def _start(self, work: Submit, alive: _Alive) -> None:
@@ -212,35 +240,42 @@ class WorkTable:
 
         try:
             alive.cancel = self._backend.start(work, alive.generation, emit)
-        except FlinkLlmError as error:
-            emit(Fault(call=0, kind="outage", code="outage", message=str(error)))
         except Exception as error:  # one piece of work must not cost its neighbours their connection
-            log.exception("work for the model %s could not be started", work.model)
-            emit(
-                Fault(
-                    call=0,
-                    kind="record",
-                    code="model_error",
-                    message=f"{type(error).__name__}: {error}"[:500],
-                )
-            )
+            if not isinstance(error, Outage):
+                log.exception("work for the model %s could not be started", work.model)
+            emit(fault_of(error))
 
     def _end(self, alive: _Alive, last: Done | Fault) -> None:
         alive.done = True
         alive.listeners = []
         alive.ended_at = time.monotonic()
         self._alive.pop(alive.work, None)
-        # A fault is worth another try, and so is what a deadline cut short: the next one may be later.
-        if isinstance(last, Done) and last.finish in ("stop", "length"):
+        # A fault is worth another try, and so is what was cut short: the next try may have more time.
+        if alive.kind == "generate" and isinstance(last, Done) and last.finish in ("stop", "length"):
             self._finished[alive.work] = alive
-        while len(self._finished) > REMEMBERED:
-            self._finished.popitem(last=False)
+            self._finished_bytes += alive.bytes
+            self._prune()
 
     def _recall(self, work: str) -> _Alive | None:
-        oldest = time.monotonic() - REMEMBER_S
-        while self._finished and next(iter(self._finished.values())).ended_at < oldest:
-            self._finished.popitem(last=False)
+        self._prune()
         return self._finished.get(work)
+
+    def _prune(self) -> None:
+        """Forgets what is too old or too much, now and as long as there is something to forget."""
+        oldest = time.monotonic() - REMEMBER_S
+        while self._finished and (
+            len(self._finished) > REMEMBERED
+            or self._finished_bytes > REMEMBERED_BYTES
+            or next(iter(self._finished.values())).ended_at < oldest
+        ):
+            _, forgotten = self._finished.popitem(last=False)
+            self._finished_bytes -= forgotten.bytes
+        if self._finished and self._pruning is None:
+            self._pruning = asyncio.get_running_loop().call_later(REMEMBER_S, self._prune_again)
+
+    def _prune_again(self) -> None:
+        self._pruning = None
+        self._prune()
 
     def _give_up(self, alive: _Alive, lost_at: float) -> None:
         if not alive.done and not alive.listeners and alive.lost_at == lost_at:

@@ -11,7 +11,7 @@ import torch
 
 from flink_llm.engine.prompts import Prompts
 from flink_llm.engine.tokenizer import Tokenizer
-from models.training.dialogues import HARD, USUAL, Dialogue, Generator
+from models.training.dialogues import MIXES, Dialogue, Generator
 
 IGNORED = -100
 CONTEXT = 2048
@@ -31,7 +31,8 @@ class Batches:
     """Endless batches of about `size` tokens, padding included; the same for a seed.
 
     From `long_from` (progress) on, `long_share` of the batches are of prompts that nearly fill the
-    context. Without `drills` the mix is that of the end from the beginning, and a harder one.
+    context. Without `drills` the examples are those of the end from the beginning; `mix` names what the
+    dialogues are about.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Batches:
         long_from: float = 0.7,
         long_share: float = 0.2,
         drills: bool = True,
+        mix: str = "usual",
     ) -> None:
         self._long_from, self._long_share, self._drills = long_from, long_share, drills
-        self._generator = Generator(seed, mix=USUAL if drills else HARD)
+        self._generator = Generator(seed, mix=MIXES[mix])
         self._random = random.Random(f"batches/{seed}")
         self._prompts = prompts
         self._tokenizer = tokenizer

@@ -68,8 +68,10 @@ class Mix:
 
 
 USUAL = Mix((30, 18, 12, 2, 6, 6, 6, 2, 3, 3, 2, 10), 0.3)
-HARD = Mix((20, 14, 12, 2, 9, 9, 9, 3, 5, 5, 3, 9), 0.38, varied=True)
-"""For a second run, of what the first finds hardest: words it does not know, refusals, small talk."""
+REFUSALS = Mix((18, 13, 12, 2, 10, 10, 10, 3, 5, 5, 3, 9), 0.45)
+VARIED = Mix((20, 14, 12, 2, 9, 9, 9, 3, 5, 5, 3, 9), 0.38, varied=True)
+MIXES = {"usual": USUAL, "refusals": REFUSALS, "varied": VARIED}
+"""The second runs are of what the first finds hardest: to refuse, small talk, words that it does not know."""
 
 
 class Generator:

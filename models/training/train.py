@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m models.training.train --to FOLDER`; `make train-demo` has both its runs.
+"""Trains the demo model: `python -m models.training.train --to FOLDER`; `make train-demo` has its runs.
 
 A Llama of three and a half million parameters learns to answer a customer from the features of its
 prompt. Every number, name and date is drawn anew for each dialogue, so the only way to a low loss is to
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from flink_llm.engine.prompts import Prompts
 from flink_llm.engine.tokenizer import Tokenizer
 from models.training.batches import CONTEXT, IGNORED, Batches
-from models.training.dialogues import Generator
+from models.training.dialogues import MIXES, Generator
 from models.training.tokenizer import train_tokenizer
 
 TEMPLATE = Path(__file__).parents[1] / "support-chat" / "chat_template.jinja"
@@ -37,8 +37,8 @@ class Plan:
     """How to train. The same plan makes the same model on the same machine, unless `minutes` cuts it short.
 
     From `long_from` on, a share of the steps, `long_share` of the batches hold prompts that nearly fill the
-    context. `resume` is the folder of an earlier run to go on from, with its tokenizer, without drills and
-    with more of what is hard.
+    context. `resume` is the folder of an earlier run to go on from, with its tokenizer and without drills;
+    `mix` is what its dialogues are about.
     """
 
     seed: int = 7
@@ -50,6 +50,7 @@ class Plan:
     long_from: float = 0.7
     long_share: float = 0.2
     resume: Path | None = None
+    mix: str = "usual"
 
 
 def build_model(vocabulary: int, end: int) -> LlamaForCausalLM:
@@ -114,6 +115,7 @@ def train(to: Path, plan: Plan) -> None:
     batches = Batches(
         plan.seed, prompts, tokenizer, plan.tokens_per_step,
         long_from=plan.long_from, long_share=plan.long_share, drills=plan.resume is None,
+        mix=plan.mix,
     )  # fmt: skip
     optimizers = _optimizers(model, plan)
     began, seen, running = time.monotonic(), 0, 0.0
@@ -198,6 +200,14 @@ def _right(model: LlamaForCausalLM, batches: Batches, seed: int, count: int, lon
     return right
 
 
+def average(to: Path, one: Path, other: Path) -> None:
+    """The mean of two models that went on from the same one: better than either (Wortsman 2022, "Model soups")."""
+    model = LlamaForCausalLM.from_pretrained(one)
+    weights, others = model.state_dict(), LlamaForCausalLM.from_pretrained(other).state_dict()
+    model.load_state_dict({name: (weights[name] + others[name]) / 2 for name in weights})
+    _save(to, model, (one / "tokenizer.json").read_text())
+
+
 def _save(to: Path, model: LlamaForCausalLM, tokenizer: str) -> None:
     model.save_pretrained(to)
     (to / "tokenizer.json").write_text(tokenizer)
@@ -229,14 +239,19 @@ def main() -> None:
         "--long-share", type=float, default=plan.long_share, help="share of the batches with long prompts (%(default)s)"
     )
     parser.add_argument("--resume", type=Path, help="go on from this folder; give another --seed, for new data")
+    parser.add_argument("--mix", choices=sorted(MIXES), default=plan.mix, help="of which dialogues (%(default)s)")
+    parser.add_argument("--average", type=Path, nargs=2, help="no training: the mean of two runs' weights")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     made = Plan(
         args.seed, args.steps, args.tokens_per_step, args.minutes, args.rate, args.rate,
-        args.long_from, args.long_share, args.resume,
+        args.long_from, args.long_share, args.resume, args.mix,
     )  # fmt: skip
-    train(args.to, made)
+    if args.average:
+        average(args.to, *args.average)
+    else:
+        train(args.to, made)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What users would run instead, each with its own best settings. `make bench-setup` installs them."""

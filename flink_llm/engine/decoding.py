@@ -1,0 +1,147 @@
+"""A decoder at work: prompts and tokens of many generations, step by step."""
+
+import time
+from dataclasses import dataclass
+
+from flink_llm.engine.decoder import Decoder
+from flink_llm.engine.job import Job, Said
+from flink_llm.engine.model import ModelFolder
+from flink_llm.engine.options import check
+from flink_llm.engine.prompts import Prompts
+from flink_llm.engine.protocol import Submit
+from flink_llm.engine.sampling import sample
+from flink_llm.engine.scheduler import Entry, Scheduler
+from flink_llm.engine.sequence import Sequence
+from flink_llm.engine.settings import HostSettings
+from flink_llm.engine.tokenizer import Tokenizer
+from flink_llm.errors import RecordError
+
+CHUNK = 256
+
+
+@dataclass(eq=False)
+class _Generation:
+    job: Job
+    sequence: Sequence
+
+
+class Decoding:
+    """A `ServedModel` over a decoder."""
+
+    def __init__(self, folder: ModelFolder, settings: HostSettings, device: str) -> None:
+        manifest = folder.manifest
+        self.name = manifest.name
+        self._tokenizer = Tokenizer(folder.files["tokenizer.json"], manifest.vocab_size)
+        template = folder.files.get("chat_template.jinja")
+        self._prompts = Prompts(template, self._tokenizer, manifest.special_tokens, manifest.context_length)
+        self._ends = frozenset(manifest.eos_token_ids)
+        self._context = manifest.context_length
+        self._decoder = Decoder(folder, device=device, threads=settings.threads, slots=settings.slots)
+        self._decoder.warm_up()
+        self._settings = settings
+        self._scheduler = self._new_scheduler()
+        self._entries: dict[int, Entry[_Generation]] = {}
+
+    def _new_scheduler(self) -> Scheduler[_Generation]:
+        return Scheduler(self._settings.slots, self._settings.queue, CHUNK)
+
+    def add(self, job: Job) -> None:
+        """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
+        check(job.work.options)
+        prompt = self._prompt(job.work)
+        sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends)
+        entry = self._scheduler.add(
+            _Generation(job, sequence), len(prompt), priority=job.work.priority, now=time.monotonic()
+        )
+        self._entries[id(entry)] = entry
+
+    def step(self, said: Said) -> bool:
+        """See `ServedModel.step`."""
+        for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
+            self._leave(entry)
+        plan = self._scheduler.plan()
+        if plan.prefill is not None:
+            self._prefill(*plan.prefill, said)
+        if plan.decode:
+            self._decode(plan.decode, said)
+        return bool(plan.prefill or plan.decode)
+
+    def drop(self) -> list[Job]:
+        """See `ServedModel.drop`."""
+        entries, self._entries = self._entries, {}
+        self._scheduler = self._new_scheduler()
+        return [entry.item.job for entry in entries.values()]
+
+    def _prompt(self, work: Submit) -> list[int]:
+        if work.kind != "generate":
+            raise RecordError("bad_option", f"{self.name} generates, it cannot {work.kind}")
+        tokens = (
+            self._prompts.chat(work.messages, work.features)
+            if work.messages is not None
+            else self._prompts.text(work.prompt or "")
+        )
+        if not tokens:
+            raise RecordError("empty_text", "the prompt has no tokens")
+        if len(tokens) >= self._context:
+            raise RecordError(
+                "context_overflow", f"the prompt has {len(tokens)} tokens, the model's context {self._context}"
+            )
+        return tokens
+
+    def _prefill(self, entry: Entry[_Generation], start: int, count: int, said: Said) -> None:
+        sequence = entry.item.sequence
+        if start == 0:
+            sequence.began = time.monotonic()
+        try:
+            logits = self._decoder.prefill(_slot(entry), sequence.prompt[start : start + count], start)
+        except Exception as error:  # its prompt's, whatever it is: the others go on
+            return self._fail(entry, error, said)
+        self._scheduler.advance(entry, count)
+        if entry.filled == entry.prompt:
+            self._take(entry, sample(logits[None], [0], [sequence.options], [0])[0], said)
+
+    def _decode(self, entries: list[Entry[_Generation]], said: Said) -> None:
+        slots = [_slot(entry) for entry in entries]
+        sequences = [entry.item.sequence for entry in entries]
+        try:
+            logits = self._decoder.step(slots, [sequence.last for sequence in sequences])
+        except Exception as error:
+            if len(entries) == 1:
+                return self._fail(entries[0], error, said)
+            for entry in entries:  # one by one shows whose fault it was
+                self._decode([entry], said)
+            return
+        options = [sequence.options for sequence in sequences]
+        tokens = sample(logits, slots, options, [sequence.count for sequence in sequences])
+        for entry, token in zip(entries, tokens, strict=True):
+            self._take(entry, token, said)
+
+    def _take(self, entry: Entry[_Generation], token: int | None, said: Said) -> None:
+        job, sequence = entry.item.job, entry.item.sequence
+        if token is None:
+            return self._fail(entry, RecordError("model_error", "the model's logits are not finite"), said)
+        try:
+            text = sequence.take(token, self._context)
+        except BaseException as error:  # a panic of the tokenizer is no Exception
+            return self._fail(entry, error, said)
+        if text is not None:
+            job.say(text, said)
+        if sequence.finish is not None:
+            job.say(sequence.done(), said)
+            self._leave(entry)
+
+    def _fail(self, entry: Entry[_Generation], error: BaseException, said: Said) -> None:
+        entry.item.job.fail(error, said)
+        self._leave(entry)
+
+    def _leave(self, entry: Entry[_Generation]) -> None:
+        self._entries.pop(id(entry), None)
+        self._scheduler.remove(entry)
+        if entry.slot is not None:
+            self._decoder.release(entry.slot)
+
+
+def _slot(entry: Entry[_Generation]) -> int:
+    if entry.slot is None:
+        raise RuntimeError("a generation without a slot is to run: this is a bug")
+    return entry.slot

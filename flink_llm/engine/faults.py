@@ -1,0 +1,40 @@
+"""What went wrong with a piece of work or a model, as whoever asked for it is told."""
+
+import re
+
+from flink_llm.codec import printable
+from flink_llm.engine.protocol import Fault
+from flink_llm.errors import ConfigError, FlinkLlmError, ModelFolderError, Outage, Overloaded, RecordError
+
+LONGEST = 500
+_NO_ROOM = re.compile("allocat|bad_alloc|out of memory", re.IGNORECASE)
+
+
+def fault_of(error: BaseException, call: int = 0) -> Fault:
+    """The fault of an error. Foreign ones are the record's, unless it was memory that was lacking."""
+    if isinstance(error, Overloaded):
+        text = printable(error, LONGEST)
+        return Fault(call=call, kind="overloaded", code="overloaded", message=text, retry_after=error.retry_after)
+    if isinstance(error, RecordError):
+        return Fault(call=call, kind="record", code=error.code, message=printable(error.message, LONGEST))
+    if isinstance(error, (ModelFolderError, ConfigError)):
+        return Fault(call=call, kind="model_folder", code="model_folder", message=printable(error, LONGEST))
+    text = printable(error if isinstance(error, FlinkLlmError) else f"{type(error).__name__}: {error}", LONGEST)
+    if isinstance(error, FlinkLlmError) or lacks_memory(error):
+        return Fault(call=call, kind="outage", code="outage", message=text)
+    return Fault(call=call, kind="record", code="model_error", message=text)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, in Python or in ONNX Runtime, whose errors differ by their texts only.
+
+    A run over bound buffers raises Python's own RuntimeError.
+    """
+    text = str(error)
+    foreign = type(error).__module__.startswith("onnxruntime") or text.startswith("Error in execution")
+    return isinstance(error, MemoryError) or (foreign and _NO_ROOM.search(text) is not None)
+
+
+def closed(call: int) -> Fault:
+    """The fault of work that an engine was closed under."""
+    return fault_of(Outage("the engine is closed"), call)

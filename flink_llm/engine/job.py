@@ -1,0 +1,51 @@
+"""One piece of work inside the engine, and what a step has to say of it."""
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from flink_llm.engine.faults import fault_of
+from flink_llm.engine.protocol import Event, Submit
+from flink_llm.errors import Overloaded, RecordError
+
+log = logging.getLogger(__name__)
+Emit = Callable[[Event], None]
+Said = list[tuple[Emit, Event]]
+"""The events of a step, each with whom it is for."""
+
+
+class Job:
+    """Work, the id of its generation, and who hears of it. `cancelled` is set by the loop's thread."""
+
+    __slots__ = ("cancelled", "emit", "generation", "work")
+
+    def __init__(self, work: Submit, generation: str, emit: Emit) -> None:
+        self.work = work
+        self.generation = generation
+        self.emit = emit
+        self.cancelled = False
+
+    def say(self, event: Event, said: Said) -> None:
+        """One event of this work."""
+        said.append((self.emit, event))
+
+    def fail(self, error: BaseException, said: Said) -> None:
+        """The end of this work, and of no other."""
+        if not isinstance(error, (RecordError, Overloaded)):
+            log.error("a piece of work for the model %s failed", self.work.model[:12], exc_info=error)
+        self.say(fault_of(error), said)
+
+
+class ServedModel(Protocol):
+    """A model with what waits for it. All methods are called on the engine's thread."""
+
+    name: str
+
+    def add(self, job: Job) -> None:
+        """Queues a job. Whatever it raises is the job's end."""
+
+    def step(self, said: Said) -> bool:
+        """One step; whether anything ran. What fails ends in a fault of its own."""
+
+    def drop(self) -> list[Job]:
+        """Forgets all work, and tells which it was."""

@@ -1,0 +1,94 @@
+"""The engine's benchmarks on a tiny shape, without peers: they must not rot between measurements."""
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("onnxruntime_genai")
+
+from benchmarks import decoder, encoder, host_memory, machine, serving, shapes
+from benchmarks.peers import flags
+from tests import tiny
+
+SIZE = decoder.Size(rounds=1, mixed=16, static=(8, 8), one=(8, 8))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    return shapes.exported(shapes.source(shapes.TINY, root), "fp32", root)
+
+
+def test_a_prompt_is_exactly_its_tokens(root):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(shapes.source(shapes.TINY, root) / "tokenizer.json"))
+
+    tokens, text = shapes.prompt(shapes.TINY, "any", 40)
+
+    assert tokenizer.encode(text).ids == tokens
+
+
+def test_decoder(root, folder, monkeypatch):
+    monkeypatch.setattr(shapes, "precisions", lambda: ["fp32"])
+
+    found = decoder.measure(shapes.TINY, SIZE, root=root, peers=False)
+
+    assert found["x_bare_16"] > 0
+    assert found["host_cost"] < 1
+    assert found["x_genai_16"] is None
+    assert found["missing"] == {"peers": "left out"}
+    assert set(found["rates"]["one"]) == {"ours fp32"}
+
+
+def test_serving(folder, monkeypatch):
+    monkeypatch.setattr(serving, "CALM", 4)  # a tiny model's streams are over before the loop has read many
+    size = serving.Size(seconds=0.5, longest=16, long_prompt=150, system=100, repeats=1)
+
+    found = serving.measure(folder, shapes.TINY, size)
+
+    assert all(found[name] > 0 for name in ("tpot_p99_ratio", "gap_p99_ratio", "ttft_prefix_ratio"))
+
+
+def test_encoder(tmp_path):
+    folders = {"fp32": tiny.encoder(tmp_path / "encoder", "embedding")}
+
+    found = encoder.measure(folders, None, count=8, rounds=1)
+
+    assert found["x_bare"] > 0
+    assert found["x_sentence_transformers"] is None
+    assert found["cosine"]["bare-fp32 8"] > 0.9999
+
+
+def test_host_memory(folder):
+    found = host_memory.measure(folder, shapes.TINY, 4)
+
+    assert found["hosts_of_four"] == 1
+    assert 0 < found["ratio"] < 2
+
+
+def test_what_fails_is_named_and_the_others_go_on():
+    figures, failed = machine.interleave({"a 1": lambda number: 2.0 + number, "b 1": lambda number: 1 / 0}, 3)
+
+    assert machine.medians(figures) == {"a 1": 3.0}
+    assert failed == {"b 1": "ZeroDivisionError: division by zero"}
+
+
+def test_what_is_far_behind_its_family_is_not_run_again():
+    figures, _ = machine.interleave(
+        {"a 1": lambda number: 10.0, "a 2": lambda number: 1.0, "b 1": lambda number: 1.0}, 3
+    )
+
+    assert {name: len(found) for name, found in figures.items()} == {"a 1": 3, "a 2": 1, "b 1": 3}
+
+
+def test_llama_cpp_is_compiled_for_what_the_machine_has():
+    args = flags.cmake_args(frozenset({"avx", "avx2", "fma"}))
+
+    assert "-DGGML_AVX2=ON" in args
+    assert "-DGGML_AVX512=OFF" in args
+    assert "AMX" not in args
