@@ -230,13 +230,16 @@ class Runner:
     async def _wait_out(self, call: Call, error: Exception, began: float, delay: float) -> None:
         """An outage since `began`: waits before another try, off the record's clock where that may stand still.
 
-        It stands still by itself while a part says that it is out. Where none does, the handler knows of a
-        part that we do not, or the record brings its part down: while others are answered, it is the latter.
+        Where a part says that it is out, the clock has stood still so far, and the wait may outlast the outage.
+        Where none does, the handler knows of a part that we do not, or the record brings its part down by
+        itself: while others are answered, it is the latter, and the record's own time.
         """
-        excused = self.settings.on_outage == "wait" and call.expires_at is not None and self._answered_at < began
+        told = self._services.outage_since is not None
+        excused = self.settings.on_outage == "wait" and call.expires_at is not None
+        excused = excused and (told or self._answered_at < began)
         if excused:
             self._timed.discard(call)
-            began = self.clock.now() if self._services.outage_since is not None else began
+            began = self.clock.now() if told else began
         await self._pause(call, "outage", error, delay)
         if excused and not call.ended:
             call.expires_at = (call.expires_at or 0.0) + self.clock.now() - began

@@ -2,13 +2,14 @@
 
 import asyncio
 import os
+import threading
 import time
 
 import pytest
 from msgspec import Struct
 
 from flink_llm.call import OperatorSettings
-from flink_llm.errors import ConfigError, FlinkLlmError, RecordError, StateError
+from flink_llm.errors import ConfigError, FlinkLlmError, Outage, RecordError, StateError
 from flink_llm.handler import AsyncUdf
 from flink_llm.records import ChatRequest, EmbedRequest, Message
 from flink_llm.testing import FakeServices, Harness, Script, copy_store
@@ -337,3 +338,25 @@ def test_a_record_waits_out_what_nobody_is_answered_by():
         run.send({"request_id": "r", "session_id": "s", "deadline": 0.2})
         run.finish()
     assert len(run.results()) == 1
+
+
+def test_the_wait_before_another_try_may_outlast_the_outage():
+    services = FakeServices()
+    up = threading.Event()
+
+    async def call(request, ctx):
+        await asyncio.sleep(0.02)
+        if not up.is_set() and request["request_id"] == "r":
+            raise Outage("told to")
+        return {"ok": True}
+
+    with Harness(Doing(call), services) as run:
+        run.send({"request_id": "r", "session_id": "s", "deadline": 0.3})
+        run.send({"request_id": "other", "session_id": "s"})  # answered while the first attempt runs
+        services.outage_since = time.monotonic()
+        time.sleep(1.0)
+        up.set()
+        services.outage_since = None
+        run.finish()
+    assert not run.failures()
+    assert len(run.results()) == 2
