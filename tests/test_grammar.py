@@ -1,5 +1,6 @@
 """Constrained decoding: whatever a model would like to say, what comes out fits, and is whole in time."""
 
+import asyncio
 import json
 import re
 
@@ -9,8 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from flink_llm.engine.engine import OnnxBackend
+from flink_llm.engine.generation import Model
 from flink_llm.engine.grammar import Grammars, definition
+from flink_llm.engine.settings import HostSettings
+from flink_llm.engine.work import WorkTable
 from flink_llm.errors import RecordError
+from flink_llm.local import demo
 
 END = 0
 
@@ -139,3 +145,28 @@ def test_one_way_to_ask_at_a_time():
 def test_less_room_than_any_answer_takes_is_said():
     with pytest.raises(RecordError, match=r"max_tokens is 3, what is asked for takes \d+ tokens at least"):
         GRAMMARS.grammar(definition(json_schema={"enum": ["a long word indeed"]}), 3)
+
+
+def test_the_engine_constrains_one_request_and_leaves_its_neighbours_alone():
+    schema = {"type": "object", "properties": {"order": {"type": "integer"}}, "required": ["order"]}
+    question = [{"role": "user", "content": "Where is order 1042?"}]
+
+    async def ask():
+        table = WorkTable(OnnxBackend(HostSettings(device="cpu")))
+        model = Model(table, "support-chat", str(demo.demo_model()))
+        await model.load()
+        alone = await model.chat(question, max_tokens=40)
+        replies = await asyncio.gather(
+            *(
+                model.chat(question, max_tokens=40, **options)
+                for options in ({}, {"json_schema": schema}, {"choices": ["yes", "no"]}, {"regex": "[0-9]{3}"}, {})
+            )
+        )
+        await table.close()
+        return alone.text, [(reply.text, reply.finish_reason) for reply in replies]
+
+    alone, replies = asyncio.run(ask())
+    assert replies[0] == replies[4] == (alone, "stop")
+    assert isinstance(json.loads(replies[1][0])["order"], int)
+    assert replies[2][0] in ("yes", "no")
+    assert re.fullmatch("[0-9]{3}", replies[3][0])

@@ -4,11 +4,12 @@ import time
 from dataclasses import dataclass
 
 from flink_llm.engine.decoder import Decoder
+from flink_llm.engine.grammar import Grammar, Grammars, definition
 from flink_llm.engine.job import Job, Said
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.options import check
 from flink_llm.engine.prompts import Prompts
-from flink_llm.engine.protocol import Submit
+from flink_llm.engine.protocol import Options, Submit
 from flink_llm.engine.sampling import sample
 from flink_llm.engine.scheduler import Entry, Scheduler
 from flink_llm.engine.sequence import Sequence
@@ -31,7 +32,9 @@ class Decoding:
     def __init__(self, folder: ModelFolder, settings: HostSettings, device: str) -> None:
         manifest = folder.manifest
         self.name = manifest.name
-        self._tokenizer = Tokenizer(folder.files["tokenizer.json"], manifest.vocab_size)
+        self._tokenizer_file = folder.files["tokenizer.json"]
+        self._tokenizer = Tokenizer(self._tokenizer_file, manifest.vocab_size)
+        self._grammars: Grammars | None = None
         template = folder.files.get("chat_template.jinja")
         self._prompts = Prompts(template, self._tokenizer, manifest.special_tokens, manifest.context_length)
         self._ends = frozenset(manifest.eos_token_ids)
@@ -49,7 +52,8 @@ class Decoding:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
         check(job.work.options)
         prompt = self._prompt(job.work)
-        sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends)
+        grammar = self._grammar(job.work.options, len(prompt))
+        sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
         entry = self._scheduler.add(
             _Generation(job, sequence), len(prompt), priority=job.work.priority, now=time.monotonic()
         )
@@ -88,6 +92,16 @@ class Decoding:
             )
         return tokens
 
+    def _grammar(self, options: Options, prompt: int) -> Grammar | None:
+        wanted = definition(options.json_schema, options.regex, options.choices)
+        if wanted is None:
+            return None
+        if not self._ends:
+            raise RecordError("bad_option", f"{self.name} has no end mark: what it says cannot be constrained")
+        if self._grammars is None:
+            self._grammars = Grammars(self._tokenizer_file, self._decoder.vocabulary, sorted(self._ends))
+        return self._grammars.grammar(wanted, min(options.max_tokens, self._context - prompt))
+
     def _prefill(self, entry: Entry[_Generation], start: int, count: int, said: Said) -> None:
         sequence = entry.item.sequence
         if start == 0:
@@ -98,6 +112,7 @@ class Decoding:
             return self._fail(entry, error, said)
         self._scheduler.advance(entry, count)
         if entry.filled == entry.prompt:
+            sequence.restrict(logits)
             self._take(entry, sample(logits[None], [0], [sequence.options], [0])[0], said)
 
     def _decode(self, entries: list[Entry[_Generation]], said: Said) -> None:
@@ -111,6 +126,8 @@ class Decoding:
             for entry in entries:  # one by one shows whose fault it was
                 self._decode([entry], said)
             return
+        for slot, sequence in zip(slots, sequences, strict=True):
+            sequence.restrict(logits[slot])
         options = [sequence.options for sequence in sequences]
         tokens = sample(logits, slots, options, [sequence.count for sequence in sequences])
         for entry, token in zip(entries, tokens, strict=True):

@@ -1,7 +1,8 @@
 """Generation options as a handler gives them: names, ranges, defaults, the seed."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypedDict
 
 import msgspec
@@ -10,6 +11,8 @@ from msgspec import Meta, Struct
 from flink_llm.engine.protocol import Options
 from flink_llm.errors import RecordError
 
+LONGEST = 65_536
+"""Characters of a schema or a regular expression, and how many choices there may be."""
 SEED_BITS = 53
 """Bits of a seed: what a JSON number holds exactly."""
 
@@ -19,7 +22,9 @@ class Choices(TypedDict, total=False):
 
     `max_tokens` of the reply, 256; `temperature` 0 (the default) is greedy, at most 2; `top_k` 0 and
     `top_p` 1 leave every token in; `seed` decides every draw and defaults to a hash of the request id;
-    the reply ends before any of the strings `stop`.
+    the reply ends before any of the strings `stop`. One of `json_schema`, `regex` and `choices` constrains
+    it: it is then JSON that fits, text that matches as a whole, or one of the choices, and ends within
+    `max_tokens`, whatever the model would like to say.
     """
 
     max_tokens: int | None
@@ -28,6 +33,9 @@ class Choices(TypedDict, total=False):
     top_p: float | None
     seed: int | None
     stop: Sequence[str] | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    choices: Sequence[str] | None
 
 
 class _Ranges(Struct, forbid_unknown_fields=True):
@@ -37,6 +45,9 @@ class _Ranges(Struct, forbid_unknown_fields=True):
     top_p: Annotated[float, Meta(gt=0, le=1)]
     seed: Annotated[int, Meta(ge=0, lt=2**SEED_BITS)]
     stop: list[Annotated[str, Meta(min_length=1)]]
+    json_schema: Annotated[str, Meta(max_length=LONGEST)]
+    regex: Annotated[str, Meta(max_length=LONGEST)]
+    choices: Annotated[list[Annotated[str, Meta(min_length=1, max_length=LONGEST)]], Meta(max_length=LONGEST)]
 
 
 _DEFAULTS = msgspec.structs.asdict(Options())
@@ -54,6 +65,12 @@ def default_seed(request_id: str) -> int:
 def chosen(choices: Choices, request_id: str) -> Options:
     """Checked options with every default filled in. Raises RecordError `bad_option`."""
     given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    schema = given.get("json_schema")
+    if isinstance(schema, Mapping):
+        try:
+            given["json_schema"] = json.dumps(schema)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RecordError("bad_option", f"json_schema is not JSON: {error}") from error
     return Options(**msgspec.structs.asdict(_in_range({**_DEFAULTS, "seed": default_seed(request_id), **given})))
 
 

@@ -27,7 +27,11 @@ FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
 
 class Options(Struct, frozen=True, kw_only=True):
-    """How to generate. `temperature` 0 is greedy; `seed` decides every draw; `stop` are strings."""
+    """How to generate. `temperature` 0 is greedy; `seed` decides every draw; `stop` are strings.
+
+    At most one of `json_schema` (JSON text), `regex` and `choices` says what the text must be; empty says
+    nothing.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -35,6 +39,9 @@ class Options(Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     seed: int = 0
     stop: list[str] = []
+    json_schema: str = ""
+    regex: str = ""
+    choices: list[str] = []
 
 
 class Hello(Struct, frozen=True, tag="hello", kw_only=True):
