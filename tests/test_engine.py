@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import export_decoder
 from flink_llm.engine.generation import Classifier, Embedder, Model
@@ -171,8 +172,6 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 def test_a_decode_step_copies_neither_cache_nor_logits(folder):
     import tracemalloc
 
-    from flink_llm.engine.decoder import Decoder
-
     opened = open_model_folder(folder)
     decoder = Decoder(opened, device="cpu", threads=1, slots=4)
     for slot in range(4):
@@ -187,3 +186,39 @@ def test_a_decode_step_copies_neither_cache_nor_logits(folder):
     assert logits.nbytes == 4 * 320 * 4
     assert peak < logits.nbytes
     assert np.shares_memory(logits, decoder.step([0, 1], [6, 6]))
+
+
+def test_a_beginning_that_is_there_already_changes_nothing(folder):
+    """The same prompts whose beginnings were read for others: shared, copied, parked between the steps of others."""
+    system = "You are a helpful voice. " * 12
+    prompts = [system + f"question {i} " * (1 + i % 5) for i in range(10)]
+
+    async def alone(model):
+        return [(await model.generate(prompts[0], max_tokens=16)).text]
+
+    async def one_after_another(model):
+        first = [(await model.generate(prompt, max_tokens=16)).text for prompt in prompts]
+        again = [(await model.generate(prompt, max_tokens=16)).text for prompt in prompts]
+        together = await asyncio.gather(*(model.generate(prompt, max_tokens=16) for prompt in prompts))
+        return first, again, [reply.text for reply in together]
+
+    first, again, together = run(folder, one_after_another)
+    assert first == again == together
+    assert run(folder, alone) == first[:1]
+
+
+def test_what_a_row_between_others_holds_is_as_it_was(folder):
+    opened = open_model_folder(folder)
+    decoder = Decoder(opened, device="cpu", threads=1, slots=4)
+    held = [5, 6, 7, 8, 9, 10]
+    expected = decoder.prefill(1, [*held, 11], 0).copy()
+    for slot in (0, 3):
+        decoder.prefill(slot, [4, 5, 6], 0)
+    decoder.prefill(1, held, 0)
+    for _ in range(3):
+        decoder.step([0, 3], [5, 6])  # rows 1 and 2 run along
+    np.testing.assert_allclose(decoder.prefill(1, [11], len(held)), expected, atol=1e-4)
+    decoder.step([0, 3], [5, 6])
+    decoder.copy(1, 2, len(held))
+    np.testing.assert_allclose(decoder.prefill(2, [11], len(held)), expected, atol=1e-4)
+    np.testing.assert_allclose(decoder.step([1], [12])[1], decoder.step([2], [12])[2], atol=1e-4)

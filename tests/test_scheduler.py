@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,15 +18,23 @@ EVENTS = st.lists(
 )
 
 
+NUMBERS = itertools.count()
+
+
+def prompt(length):
+    """A prompt that shares no beginning with another."""
+    return [next(NUMBERS), *range(length - 1)]
+
+
 @settings(max_examples=200)
 @given(EVENTS)
 def test_no_slot_leaks_and_no_request_is_lost_or_doubled(events):
-    scheduler: Scheduler[int] = Scheduler(slots=3, limit=10, chunk=CHUNK)
+    scheduler: Scheduler[int] = Scheduler(slots=3, limit=10)
     now, entries, ended, begun = 0.0, [], set(), []
     for event in events:
         if event[0] == "add":
             try:
-                entries.append(scheduler.add(len(entries), event[1], priority=event[2], now=now))
+                entries.append(scheduler.add(len(entries), prompt(event[1]), priority=event[2], now=now))
             except Overloaded:
                 assert scheduler.waiting == 10
         elif event[0] == "cancel" and event[1] < len(entries):
@@ -32,7 +42,7 @@ def test_no_slot_leaks_and_no_request_is_lost_or_doubled(events):
             ended.add(event[1])
         elif event[0] == "step":
             now += event[1]
-            plan = scheduler.plan()
+            plan = scheduler.plan(CHUNK)
             taking_part = [*plan.decode, *([plan.prefill[0]] if plan.prefill else [])]
             slots = [entry.slot for entry in taking_part]
             assert len(set(slots)) == len(slots)
@@ -41,7 +51,7 @@ def test_no_slot_leaks_and_no_request_is_lost_or_doubled(events):
             if plan.prefill:
                 entry, start, count = plan.prefill
                 assert start == entry.filled and 0 < count <= CHUNK
-                begun += [entry.item] if start == 0 else []
+                begun += [entry.item] if start == entry.shared else []
                 scheduler.advance(entry, count)
             for entry in plan.decode[:1]:  # one generation ends
                 scheduler.remove(entry)
@@ -52,14 +62,14 @@ def test_no_slot_leaks_and_no_request_is_lost_or_doubled(events):
     for entry in entries:
         scheduler.remove(entry)
     assert (scheduler.waiting, scheduler.running) == (0, 0)
-    assert sorted(scheduler._free) == [0, 1, 2]
+    assert scheduler._slots.free == 3
 
 
 def finish(scheduler: Scheduler[int], left: list[Entry[int]]) -> None:
     """Every request that is left is prefilled and decodes once; `plan` may not forget one."""
     wanted = {entry.item for entry in left}
-    for _ in range(sum(-(-entry.prompt // CHUNK) + 1 for entry in left)):
-        plan = scheduler.plan()
+    for _ in range(sum(-(-len(entry.prompt) // CHUNK) + 1 for entry in left)):
+        plan = scheduler.plan(CHUNK)
         if plan.prefill:
             scheduler.advance(plan.prefill[0], plan.prefill[2])
         for entry in plan.decode:
@@ -75,14 +85,14 @@ ARRIVALS = st.lists(
 
 @settings(max_examples=100)
 @given(ARRIVALS, st.integers(0, 9), st.integers(1, 4), st.integers(1, 40))
-def test_waiting_is_bounded_whoever_comes_and_goes(arrivals, priority, slots, prompt):
+def test_waiting_is_bounded_whoever_comes_and_goes(arrivals, priority, slots, size):
     """Only who came before, or within its ageing time after it, may be ahead of a request."""
-    scheduler: Scheduler[str] = Scheduler(slots=slots, limit=1000, chunk=CHUNK)
-    patient = scheduler.add("patient", prompt, priority=priority, now=0.0)
-    now, steps, ahead = 0.0, 0, -(-prompt // CHUNK) + 1
+    scheduler: Scheduler[str] = Scheduler(slots=slots, limit=1000)
+    patient = scheduler.add("patient", prompt(size), priority=priority, now=0.0)
+    now, steps, ahead = 0.0, 0, -(-size // CHUNK) + 1
     for gap, other, length, leaves in arrivals:
         now += gap
-        entry = scheduler.add("other", length, priority=other, now=now)
+        entry = scheduler.add("other", prompt(length), priority=other, now=now)
         if now + other * AGEING_S < priority * AGEING_S:
             ahead += -(-length // CHUNK) + 1
         if leaves:
@@ -99,7 +109,7 @@ def test_waiting_is_bounded_whoever_comes_and_goes(arrivals, priority, slots, pr
 
 def step(scheduler: Scheduler[str]) -> None:
     """A step in which everybody who decodes has come to the end."""
-    plan = scheduler.plan()
+    plan = scheduler.plan(CHUNK)
     if plan.prefill:
         scheduler.advance(plan.prefill[0], plan.prefill[2])
     for entry in plan.decode:
@@ -107,54 +117,68 @@ def step(scheduler: Scheduler[str]) -> None:
 
 
 def test_no_lane_starves_in_the_queue():
-    scheduler: Scheduler[str] = Scheduler(slots=1, limit=1000, chunk=CHUNK)
-    patient = scheduler.add("patient", 1, priority=9, now=0.0)
+    scheduler: Scheduler[str] = Scheduler(slots=1, limit=1000)
+    patient = scheduler.add("patient", prompt(1), priority=9, now=0.0)
     now = 0.0
     while not patient.gone and now < 60:
-        scheduler.add("urgent", 1, priority=0, now=now)
+        scheduler.add("urgent", prompt(1), priority=0, now=now)
         step(scheduler)
         now += 0.5
     assert now <= LANES * AGEING_S * 2
 
 
 def test_no_lane_starves_in_its_slot():
-    scheduler: Scheduler[str] = Scheduler(slots=4, limit=10_000, chunk=CHUNK)
-    patient = scheduler.add("patient", 2 * CHUNK, priority=9, now=0.0)
-    scheduler.plan()
+    scheduler: Scheduler[str] = Scheduler(slots=4, limit=10_000)
+    patient = scheduler.add("patient", prompt(2 * CHUNK), priority=9, now=0.0)
+    scheduler.plan(CHUNK)
     assert patient.slot is not None
     now = 0.0
     while not patient.gone and now < 60:
         now += 0.1
-        scheduler.add("urgent", CHUNK, priority=0, now=now)
+        scheduler.add("urgent", prompt(CHUNK), priority=0, now=now)
         step(scheduler)
     assert now <= LANES * AGEING_S
 
 
 def test_urgent_requests_go_first():
-    scheduler: Scheduler[str] = Scheduler(slots=1, limit=10, chunk=CHUNK)
+    scheduler: Scheduler[str] = Scheduler(slots=1, limit=10)
     for name, priority in [("later", 5), ("first", 0)]:
-        scheduler.add(name, 4, priority=priority, now=0.0)
-    assert scheduler.plan().prefill[0].item == "first"
+        scheduler.add(name, prompt(4), priority=priority, now=0.0)
+    assert scheduler.plan(CHUNK).prefill[0].item == "first"
 
 
 def test_no_priority_is_before_the_first_or_behind_the_last():
-    scheduler: Scheduler[str] = Scheduler(slots=1, limit=10, chunk=CHUNK)
-    entries = [scheduler.add("x", 4, priority=priority, now=0.0) for priority in (-(10**9), 0, 9, 10**9)]
+    scheduler: Scheduler[str] = Scheduler(slots=1, limit=10)
+    entries = [scheduler.add("x", prompt(4), priority=priority, now=0.0) for priority in (-(10**9), 0, 9, 10**9)]
     assert [entry.rank[0] for entry in entries] == [0, 0, 9 * AGEING_S, 9 * AGEING_S]
 
 
 def test_who_has_left_the_queue_takes_no_memory():
-    scheduler: Scheduler[str] = Scheduler(slots=1, limit=10, chunk=CHUNK)
-    scheduler.add("running", 4, priority=0, now=0.0)
-    scheduler.plan()
+    scheduler: Scheduler[str] = Scheduler(slots=1, limit=10)
+    scheduler.add("running", prompt(4), priority=0, now=0.0)
+    scheduler.plan(CHUNK)
     for number in range(1000):
-        scheduler.remove(scheduler.add("gone", 4, priority=0, now=float(number)))
+        scheduler.remove(scheduler.add("gone", prompt(4), priority=0, now=float(number)))
     assert len(scheduler._queue) <= LANES + 1
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back():
-    scheduler: Scheduler[str] = Scheduler(slots=1, limit=1, chunk=CHUNK)
-    scheduler.add("a", 1, priority=5, now=0.0)
+    scheduler: Scheduler[str] = Scheduler(slots=1, limit=1)
+    scheduler.add("a", prompt(1), priority=5, now=0.0)
     with pytest.raises(Overloaded) as caught:
-        scheduler.add("b", 1, priority=5, now=0.0)
+        scheduler.add("b", prompt(1), priority=5, now=0.0)
     assert caught.value.retry_after > 0
+
+
+def test_a_shared_beginning_is_read_once():
+    scheduler: Scheduler[str] = Scheduler(slots=2, limit=10)
+    system = list(range(100))
+    scheduler.add("first", [*system, 7], priority=5, now=0.0)
+    entry, start, count = scheduler.plan(200).prefill
+    assert (start, count) == (0, 101)
+    scheduler.advance(entry, count)
+    second = scheduler.add("second", [*system, 8, 9], priority=5, now=0.0)
+    plan = scheduler.plan(200)
+    assert plan.sharing == [second]
+    assert (second.source, second.shared) == (entry.slot, 100)
+    assert plan.prefill == (second, 100, 2)

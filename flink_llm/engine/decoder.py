@@ -1,10 +1,9 @@
 """A decoder graph with its KV cache: prompts in by chunks, one token for everybody per step.
 
 The graph is what onnxruntime-genai's builder writes: GroupQueryAttention whose past and present share
-one buffer, [slots, kv heads, context, head dimension] for each layer. A run is bound to rows of it, so
-nothing of the cache or of the logits is ever copied: prefill to the one row of its slot, a decode step to
-rows 0 to the highest one in use. Rows between that do not decode run along, and write behind what they
-hold: a slot whose prompt is half read loses nothing, and a free one has nothing to lose.
+one buffer for each layer. A run is bound to rows of it, so nothing of the cache or of the logits is ever
+copied in a step: prefill to the one row of its slot, a decode step to all rows from the first to the last
+one that decodes. Rows between that do not decode run along, see `cache`.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ import onnxruntime as ort
 import psutil
 from numpy.typing import NDArray
 
+from flink_llm.engine.cache import KvCache
 from flink_llm.engine.faults import lacks_memory
 from flink_llm.engine.model import Manifest, ModelFolder
 from flink_llm.errors import ConfigError, ModelFolderError, Outage
@@ -66,35 +66,34 @@ class Decoder:
         self.vocabulary = manifest.vocab_size
         self.context = manifest.context_length
         self._session = open_session(folder, device, threads)
-        self._device, _, number = device.partition(":")
-        self._device_id = int(number or 0)
         self._dtype, logits_dtype = _check_graph(self._session, manifest)
         self._shape = (manifest.num_kv_heads, manifest.context_length, manifest.head_dim)
-        row = int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
-        self._row_bytes = row
         if device == "cpu":
+            row = int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
             _check_room(manifest, slots, 2 * manifest.num_layers * slots * row)
-        self._cache: dict[str, ort.OrtValue] = {}
-        for layer in range(manifest.num_layers):
-            for part in ("key", "value"):
-                value = ort.OrtValue.ortvalue_from_shape_and_type(
-                    [slots, *self._shape], self._dtype, self._device, self._device_id
-                )
-                self._cache[f"{layer}.{part}"] = value
+        self._cache = KvCache(manifest.num_layers, slots, self._shape, self._dtype, device)
         self._lengths = np.zeros(slots, dtype=np.int64)
         self._tokens = np.zeros((slots, 1), dtype=np.int64)
         self._mask = np.zeros(slots * (manifest.context_length + 1), dtype=np.int64)
         self._logits = np.empty((slots, 1, manifest.vocab_size), dtype=logits_dtype)
-        self._bindings: dict[int, ort.IOBinding] = {}
+        self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+
+    @property
+    def copies(self) -> bool:
+        """Whether `copy` can be asked for."""
+        return self._cache.in_reach
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
         """Reads `tokens` at position `start` of a slot; logits [vocabulary] after the last of them."""
+        if start == 0:
+            self._cache.forget(slot)
+        self._cache.use([slot])
         count = len(tokens)
         ids = np.asarray(tokens, dtype=np.int64).reshape(1, count)
         mask = np.ones((1, start + count), dtype=np.int64)
         logits = np.empty((1, count, self.vocabulary), dtype=self._logits.dtype)
         binding = self._session.io_binding()
-        self._bind_cache(binding, first=slot, rows=1)
+        self._cache.bind(binding, first=slot, rows=1)
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)
         _bind_output(binding, "logits", logits)
@@ -104,25 +103,30 @@ class Decoder:
         return last
 
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> NDArray[np.floating[Any]]:
-        """Reads one token in each of `slots`; logits [highest slot + 1, vocabulary], valid until the next call."""
-        rows = max(slots) + 1
+        """Reads one token in each of `slots`; logits [any, vocabulary] by slot, valid until the next call."""
         used = list(slots)
-        self._tokens[:rows] = 0
+        first, end = min(used), max(used) + 1
+        self._tokens[first:end] = 0
         self._tokens[used, 0] = tokens
-        lengths = np.minimum(self._lengths[:rows] + 1, self.context)
+        lengths = self._past(used, first, end) + 1
         longest = int(lengths.max())
-        mask = self._mask[: rows * longest].reshape(rows, longest)
+        mask = self._mask[: len(lengths) * longest].reshape(len(lengths), longest)
         np.less(np.arange(longest), lengths[:, None], out=mask, casting="unsafe")
-        binding = self._bindings.get(rows)
+        binding = self._bindings.get((first, end))
         if binding is None:
-            binding = self._bindings[rows] = self._session.io_binding()
-            self._bind_cache(binding, first=0, rows=rows)
-            _bind_input(binding, "input_ids", self._tokens[:rows])
-            _bind_output(binding, "logits", self._logits[:rows])
+            binding = self._bindings[first, end] = self._session.io_binding()
+            self._cache.bind(binding, first=first, rows=end - first)
+            _bind_input(binding, "input_ids", self._tokens[first:end])
+            _bind_output(binding, "logits", self._logits[first:end])
         _bind_input(binding, "attention_mask", mask)
         self._session.run_with_iobinding(binding)
         self._lengths[used] += 1
-        return self._logits[:rows, 0]
+        return self._logits[:end, 0]
+
+    def copy(self, source: int, slot: int, count: int) -> None:
+        """Makes the first `count` tokens that a slot holds those of another."""
+        self._cache.copy(source, slot, count)
+        self._lengths[slot] = count
 
     def warm_up(self) -> None:
         """Runs what a request would, the largest token and the last place of the context among it.
@@ -138,14 +142,18 @@ class Decoder:
     def release(self, slot: int) -> None:
         """Nobody needs what the slot holds."""
         self._lengths[slot] = 0
+        self._cache.forget(slot)
 
-    def _bind_cache(self, binding: ort.IOBinding, *, first: int, rows: int) -> None:
-        shape = [rows, *self._shape]
-        for name, value in self._cache.items():
-            at = value.data_ptr() + first * self._row_bytes
-            where = (self._device, self._device_id, self._dtype, shape, at)
-            binding.bind_input(f"past_key_values.{name}", *where)
-            binding.bind_output(f"present.{name}", *where)
+    def _past(self, used: list[int], first: int, end: int) -> NDArray[np.int64]:
+        """How many tokens each row is to hold, as the attention sees it."""
+        self._cache.use(used)
+        if not self._cache.in_reach:  # the others write behind what they hold
+            return np.minimum(self._lengths[first:end], self.context - 1)
+        idle = set(range(first, end)).difference(used)
+        self._cache.park(slot for slot in idle if self._lengths[slot])
+        past = self._lengths[first:end].copy()
+        past[[slot - first for slot in idle]] = 0
+        return past
 
 
 def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:

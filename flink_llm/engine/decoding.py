@@ -17,7 +17,11 @@ from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tokenizer import Tokenizer
 from flink_llm.errors import RecordError
 
-CHUNK = 256
+CHUNK, CHUNK_LEAST = 512, 16
+"""Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
+STEPS_WAITED = 1.5
+"""How many of their own steps others wait, at the most, while a chunk is read."""
+SMOOTH = 0.2
 
 
 @dataclass(eq=False)
@@ -43,10 +47,12 @@ class Decoding:
         self._decoder.warm_up()
         self._settings = settings
         self._scheduler = self._new_scheduler()
+        self._step_s = self._prompt_token_s = 0.0
+        self._decodes = False
         self._entries: dict[int, Entry[_Generation]] = {}
 
     def _new_scheduler(self) -> Scheduler[_Generation]:
-        return Scheduler(self._settings.slots, self._settings.queue, CHUNK)
+        return Scheduler(self._settings.slots, self._settings.queue, copies=self._decoder.copies)
 
     def add(self, job: Job) -> None:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
@@ -55,7 +61,7 @@ class Decoding:
         grammar = self._grammar(job.work.options, len(prompt))
         sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
         entry = self._scheduler.add(
-            _Generation(job, sequence), len(prompt), priority=job.work.priority, now=time.monotonic()
+            _Generation(job, sequence), prompt, priority=job.work.priority, now=time.monotonic()
         )
         self._entries[id(entry)] = entry
 
@@ -63,12 +69,21 @@ class Decoding:
         """See `ServedModel.step`."""
         for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
             self._leave(entry)
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._chunk())
+        for entry in plan.sharing:
+            self._decoder.copy(entry.source, _slot(entry), entry.shared)
         if plan.prefill is not None:
             self._prefill(*plan.prefill, said)
+        self._decodes = bool(plan.decode)
         if plan.decode:
             self._decode(plan.decode, said)
         return bool(plan.prefill or plan.decode)
+
+    def _chunk(self) -> int:
+        """So many tokens of a prompt that those who decode wait for no more than `STEPS_WAITED` of their steps."""
+        if not self._decodes or not self._prompt_token_s:
+            return CHUNK
+        return max(CHUNK_LEAST, min(CHUNK, int(STEPS_WAITED * self._step_s / self._prompt_token_s)))
 
     def drop(self) -> list[Job]:
         """See `ServedModel.drop`."""
@@ -104,29 +119,35 @@ class Decoding:
 
     def _prefill(self, entry: Entry[_Generation], start: int, count: int, said: Said) -> None:
         sequence = entry.item.sequence
-        if start == 0:
-            sequence.began = time.monotonic()
+        began = time.monotonic()
+        if start == entry.shared:
+            sequence.began = began
         try:
             logits = self._decoder.prefill(_slot(entry), sequence.prompt[start : start + count], start)
         except Exception as error:  # its prompt's, whatever it is: the others go on
             return self._fail(entry, error, said)
         self._scheduler.advance(entry, count)
-        if entry.filled == entry.prompt:
+        self._prompt_token_s = _smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
+        if not entry.left:
             sequence.restrict(logits)
             self._take(entry, sample(logits[None], [0], [sequence.options], [0])[0], said)
 
     def _decode(self, entries: list[Entry[_Generation]], said: Said) -> None:
         slots = [_slot(entry) for entry in entries]
         sequences = [entry.item.sequence for entry in entries]
+        last = [sequence.last for sequence in sequences]
+        began = time.monotonic()
         try:
-            logits = self._decoder.step(slots, [sequence.last for sequence in sequences])
+            logits = self._decoder.step(slots, last)
         except Exception as error:
             if len(entries) == 1:
                 return self._fail(entries[0], error, said)
             for entry in entries:  # one by one shows whose fault it was
                 self._decode([entry], said)
             return
-        for slot, sequence in zip(slots, sequences, strict=True):
+        self._step_s = _smoothed(self._step_s, time.monotonic() - began)
+        for entry, slot, token, sequence in zip(entries, slots, last, sequences, strict=True):
+            self._scheduler.decoded(entry, token)
             sequence.restrict(logits[slot])
         options = [sequence.options for sequence in sequences]
         tokens = sample(logits, slots, options, [sequence.count for sequence in sequences])
@@ -149,13 +170,15 @@ class Decoding:
 
     def _fail(self, entry: Entry[_Generation], error: BaseException, said: Said) -> None:
         entry.item.job.fail(error, said)
-        self._leave(entry)
+        self._leave(entry, keep=False)
 
-    def _leave(self, entry: Entry[_Generation]) -> None:
+    def _leave(self, entry: Entry[_Generation], *, keep: bool = True) -> None:
         self._entries.pop(id(entry), None)
-        self._scheduler.remove(entry)
-        if entry.slot is not None:
-            self._decoder.release(entry.slot)
+        self._scheduler.remove(entry, keep=keep)
+
+
+def _smoothed(before: float, now: float) -> float:
+    return now if before == 0 else before + SMOOTH * (now - before)
 
 
 def _slot(entry: Entry[_Generation]) -> int:

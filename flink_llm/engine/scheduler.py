@@ -1,13 +1,16 @@
 """Who runs next: pure decisions over requests and slots, on a clock that is handed in.
 
-A request waits in its lane (priority 0 to 9), is given a free slot, is prefilled in chunks that alternate
-with everybody's decode steps, then decodes until it ends. No tensor and no thread here.
+A request waits in its lane (priority 0 to 9), is given a free slot with what some slot holds of its prompt
+already, is prefilled in chunks that alternate with everybody's decode steps, then decodes until it ends. No
+tensor and no thread here.
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from flink_llm.engine.slots import Slots
 from flink_llm.errors import Overloaded
 
 T = TypeVar("T")
@@ -18,35 +21,45 @@ LANES = 10
 
 @dataclass(eq=False)
 class Entry(Generic[T]):
-    """One request. `prompt` tokens, of which `filled` are in the cache; `slot` None while it waits."""
+    """One request. Of its `prompt` `filled` tokens are in the cache; `slot` None while it waits.
+
+    The first `shared` of them were there before, in the slot `source`.
+    """
 
     item: T
-    prompt: int
+    prompt: Sequence[int]
     rank: tuple[float, int]
     filled: int = 0
     slot: int | None = None
+    source: int = 0
+    shared: int = 0
     gone: bool = False
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that are still to be read."""
+        return len(self.prompt) - self.filled
 
 
 @dataclass(eq=False)
 class Plan(Generic[T]):
-    """One step: at most one chunk to prefill, and everybody who decodes."""
+    """One step: who shares a beginning, in this order; then at most one chunk to prefill, and everybody who decodes."""
 
+    sharing: list[Entry[T]] = field(default_factory=list)
     prefill: tuple[Entry[T], int, int] | None = None
     decode: list[Entry[T]] = field(default_factory=list)
 
 
 class Scheduler(Generic[T]):
-    """Slots 0 to `slots` - 1, a queue of at most `limit`, chunks of at most `chunk` tokens.
+    """Slots 0 to `slots` - 1, a queue of at most `limit`; `copies` says that a slot can be copied to another.
 
     Both who is given a slot and who is prefilled is decided by rank: arrival, later by `AGEING_S` for each
     step of priority. It never changes, so whoever comes more than that later is behind.
     """
 
-    def __init__(self, slots: int, limit: int, chunk: int) -> None:
-        self._free = list(range(slots))
+    def __init__(self, slots: int, limit: int, *, copies: bool = True) -> None:
+        self._slots = Slots(slots, copies=copies)
         self._limit = limit
-        self._chunk = chunk
         self._arrivals = 0
         self._queue: list[tuple[tuple[float, int], Entry[T]]] = []
         self._waiting = 0
@@ -62,7 +75,7 @@ class Scheduler(Generic[T]):
         """Requests with a slot."""
         return len(self._running)
 
-    def add(self, item: T, prompt: int, *, priority: int, now: float) -> Entry[T]:
+    def add(self, item: T, prompt: Sequence[int], *, priority: int, now: float) -> Entry[T]:
         """Queues a request. Raises Overloaded when the queue is full."""
         if self._waiting >= self._limit:
             raise Overloaded(f"{self._limit} requests are waiting", retry_after=0.5)
@@ -73,8 +86,11 @@ class Scheduler(Generic[T]):
         self._waiting += 1
         return entry
 
-    def remove(self, entry: Entry[T]) -> None:
-        """Ends a request, wherever it is; its slot is free at once. Twice does no harm."""
+    def remove(self, entry: Entry[T], *, keep: bool = True) -> None:
+        """Ends a request, wherever it is; its slot is free at once. Twice does no harm.
+
+        What its slot holds may be another's beginning, unless it is not to be kept.
+        """
         if entry.gone:
             return
         entry.gone = True
@@ -83,29 +99,46 @@ class Scheduler(Generic[T]):
             self._sweep()
         else:
             self._running.remove(entry)
-            heapq.heappush(self._free, entry.slot)
+            self._slots.release(entry.slot, keep=keep)
 
-    def plan(self) -> Plan[T]:
-        """What to do in the next step. The caller runs it, then says `advance` of the chunk it prefilled."""
-        self._admit()
-        filling = [entry for entry in self._running if entry.filled < entry.prompt]
-        plan = Plan(decode=[entry for entry in self._running if entry.filled >= entry.prompt])
+    def plan(self, chunk: int) -> Plan[T]:
+        """What to do in the next step, `chunk` tokens of a prompt at most.
+
+        The caller runs it, then says `advance` of the chunk that it prefilled, and of each token decoded.
+        """
+        plan = Plan(sharing=self._admit())
+        plan.decode = [entry for entry in self._running if not entry.left]
+        filling = [entry for entry in self._running if entry.left]
         if filling:
             first = min(filling, key=lambda entry: entry.rank)
-            plan.prefill = (first, first.filled, min(self._chunk, first.prompt - first.filled))
+            plan.prefill = (first, first.filled, min(chunk, first.left))
         return plan
 
-    def advance(self, entry: Entry[T], tokens: int) -> None:
-        """`tokens` more of the prompt are in the cache."""
-        entry.filled += tokens
+    def advance(self, entry: Entry[T], count: int) -> None:
+        """`count` more tokens of the prompt are in the cache."""
+        if entry.slot is not None:
+            self._slots.add(entry.slot, entry.prompt[entry.filled : entry.filled + count])
+        entry.filled += count
 
-    def _admit(self) -> None:
-        while self._free and self._queue:
+    def decoded(self, entry: Entry[T], token: int) -> None:
+        """A token behind the prompt is in the cache."""
+        if entry.slot is not None:
+            self._slots.add(entry.slot, [token])
+
+    def _admit(self) -> list[Entry[T]]:
+        """Gives slots to whoever is next; who of them shares a beginning."""
+        sharing = []
+        while self._slots.free and self._queue:
             _, best = heapq.heappop(self._queue)
-            if not best.gone:
-                self._waiting -= 1
-                best.slot = heapq.heappop(self._free)  # low ones: a decode step runs up to the highest
-                self._running.append(best)
+            if best.gone:
+                continue
+            self._waiting -= 1
+            best.slot, best.shared, best.source = self._slots.take(best.prompt)
+            best.filled = best.shared
+            self._running.append(best)
+            if best.shared:
+                sharing.append(best)
+        return sharing
 
     def _sweep(self) -> None:
         """Those who have gone leave the queue when they are most of it."""
