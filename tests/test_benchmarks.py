@@ -6,7 +6,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime_genai")
 
-from benchmarks import decoder, encoder, host_memory, machine, serving, shapes
+from benchmarks import decoder, encoder, host_memory, machine, shapes
 from benchmarks.peers import flags
 from tests import tiny
 
@@ -43,15 +43,6 @@ def test_decoder(root, folder, monkeypatch):
     assert found["x_genai_16"] is None
     assert found["missing"] == {"peers": "left out"}
     assert set(found["rates"]["one"]) == {"ours fp32"}
-
-
-def test_serving(folder, monkeypatch):
-    monkeypatch.setattr(serving, "CALM", 4)  # a tiny model's streams are over before the loop has read many
-    size = serving.Size(seconds=0.5, longest=16, long_prompt=150, system=100, repeats=1)
-
-    found = serving.measure(folder, shapes.TINY, size)
-
-    assert all(found[name] > 0 for name in ("tpot_p99_ratio", "gap_p99_ratio", "ttft_prefix_ratio"))
 
 
 def test_encoder(tmp_path):
