@@ -70,8 +70,12 @@ processes.start(["sleep", "60"], Path("log"), file=Path("file.json"))
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_clean_up_is_not_cut_by_a_second_signal(tmp_path, signum, status):
     program = """
-import sys, time
+import signal, sys, time
 from flink_llm.local import processes
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and the like hand on that they are ignored
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def clean():
     print("cleaning", flush=True)
