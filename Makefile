@@ -36,7 +36,7 @@ bench-setup: setup-dev ## and what the benchmarks' peers need (llama.cpp is comp
 	@$(UV) -c benchmarks/constraints.txt -e '.[cpu,dev,export,bench]'
 	@CMAKE_ARGS="$$($(BIN)/python -m benchmarks.peers.flags)" $(UV) -c benchmarks/constraints.txt llama-cpp-python || \
 	  echo "llama.cpp could not be built: the benchmarks say null where it is compared"
-	@$(BIN)/python -m benchmarks.shapes
+	@$(BIN)/python -m benchmarks.prepare
 
 demo: setup ## set everything up and run the main job, Kafka to Kafka, with the demo model
 	@$(BIN)/flink-llm demo

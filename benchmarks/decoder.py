@@ -14,7 +14,7 @@ import importlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,17 @@ LOSS = 0.02
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run: rounds, the longest of the mixed lengths, (prompt, reply) of the other loads."""
+    """How much is run: rounds, the longest of the mixed lengths, (prompt, reply) of the other loads, forms left out."""
 
     rounds: int
     mixed: int
     static: tuple[int, int]
     one: tuple[int, int]
+    without: tuple[str, ...] = ()
 
 
 FULL = Size(5, 160, (64, 96), (64, 128))
-QUICK = Size(1, 32, (16, 16), (16, 32))
+QUICK = Size(1, 32, (16, 16), (16, 32), without=("fp32", "Q8_0"))
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Contenders:
 def measure(shape: Shape, size: Size, *, root: Path, peers: bool = True, demo: Path | None = None) -> dict[str, Any]:
     """All loads; see the module. With `demo`, a Hugging Face folder, the quality of the precisions too."""
     with contextlib.ExitStack() as stack:
-        found = _open(shape, root, stack, peers)
+        found = _open(shape, size, root, stack, peers)
         rates: dict[str, dict[str, float]] = {}
         static = _asked(lambda number: make(shape, [size.static] * 16, f"static/{number}"))
         several = _asked(lambda number: mixed(shape, 16, size.mixed, f"mixed/{number}"))
@@ -85,23 +86,27 @@ def measure(shape: Shape, size: Size, *, root: Path, peers: bool = True, demo: P
     }
 
 
-def _open(shape: Shape, root: Path, stack: contextlib.ExitStack, peers: bool) -> Contenders:
+def _open(shape: Shape, size: Size, root: Path, stack: contextlib.ExitStack, peers: bool) -> Contenders:
     found = Contenders()
     source = shapes.source(shape, root)
-    for precision in shapes.precisions():
+    for precision in _taken(shapes.precisions(), size):
         folder = shapes.exported(source, precision, root)
         found.ours[precision] = stack.enter_context(Ours(folder))
         found.bare[precision] = Bare(folder)
     if peers:
         genai = _peer("genai", found)
-        for precision in genai.PRECISIONS if genai else ():
+        for precision in _taken(genai.PRECISIONS, size) if genai else ():
             found.genai[precision] = genai.Genai(genai.build(source, precision, root))
         llama = _peer("llamacpp", found)
-        for form in llama.FORMS if llama else ():
+        for form in _taken(llama.FORMS, size) if llama else ():
             found.llama[form] = llama.LlamaCpp(llama.convert(source, form, root))
     else:
         found.missing["peers"] = "left out"
     return found
+
+
+def _taken(forms: Iterable[str], size: Size) -> list[str]:
+    return [form for form in forms if form not in size.without]
 
 
 def _peer(name: str, found: Contenders) -> Any:
@@ -206,7 +211,7 @@ def _without(figures: dict[str, float], names: set[str]) -> dict[str, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round of short requests, no quality")
+    parser.add_argument("--quick", action="store_true", help="one short round without fp32 and Q8_0, no quality")
     parser.add_argument("--demo", type=Path, help="the demo model's Hugging Face folder, for the precisions' quality")
     args = parser.parse_args()
     logging.disable(logging.WARNING)

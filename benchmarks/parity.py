@@ -34,7 +34,7 @@ SHIPPED = ("fp32", "int8", "int4")
 ENCODER = ("fp32", "int8")
 EXACT = ("fp32", "int8")
 """int4 has another kernel for a single row: its `size` is reported, and not part of the figure."""
-SHAPE = {**small_models.DECODERS["Llama"], "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+SHAPE = {**small_models.DECODERS["Llama"], "hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.06}
 LONGEST = 64
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,20 +134,25 @@ async def _disturb(engine: Ours, shape: Shape, size: Size, seed: int) -> tuple[l
     streams = make(shape, [(16, shape.context - 32)] * STREAMS, f"streams/{seed}")
     times: list[list[float]] = [[] for _ in streams]
 
-    started = asyncio.Event()
+    noticed = asyncio.Event()
 
     async def follow(request: Request, into: list[float]) -> None:
         async for _ in engine.model.generate(request.text, max_tokens=request.reply):
             into.append(time.perf_counter())
-            if min(map(len, times)) >= CALM:
-                started.set()
+            noticed.set()
+
+    async def everybody(reached: Callable[[list[float]], bool]) -> None:
+        while not all(reached(said) or task.done() for said, task in zip(times, tasks, strict=True)):
+            noticed.clear()
+            await noticed.wait()
 
     tasks = [asyncio.create_task(follow(request, into)) for request, into in zip(streams, times, strict=True)]
-    await started.wait()
+    await everybody(lambda said: len(said) >= CALM)
     arrived = time.perf_counter()
     text = prompt(shape, f"long/{seed}", size.long_prompt)[1]
     await engine.model.generate(text, max_tokens=1)
     first = time.perf_counter()
+    await everybody(lambda said: said[-1] > first)  # the gap that was open ends
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

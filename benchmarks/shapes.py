@@ -1,7 +1,6 @@
 """Models of a known shape with random weights, and texts of a known number of tokens.
 
-`python -m benchmarks.shapes` exports all that the benchmarks need, so that none of them has to. Folders
-are kept below build/bench, under a digest of the code that exported them.
+Exported folders are kept below build/bench, under a digest of the code that exported them.
 """
 
 import hashlib
@@ -126,14 +125,3 @@ def _code() -> str:
     files = sorted(Path(export.__file__).parent.glob("*.py"))
     relevant = [file.read_bytes() for file in files if file.stem.startswith(("export", "quant", "graph"))]
     return hashlib.sha256(b"".join(relevant)).hexdigest()
-
-
-def main() -> None:
-    """Exports everything."""
-    made = source(SMOLLM2)
-    for precision in precisions():
-        print(exported(made, precision).name, flush=True)
-
-
-if __name__ == "__main__":
-    main()

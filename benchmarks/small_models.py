@@ -30,34 +30,27 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Mistral": {**_DECODER, "sliding_window": 48},
     "Phi3": {**_DECODER, "original_max_position_embeddings": 512, "sliding_window": None},
     "Gemma": {**_DECODER, "head_dim": 32},
+    "Gemma2": {**_DECODER, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 48},
+    "Granite": {**_DECODER, "logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
 }
 """Configurations by the prefix of their classes in transformers."""
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "Bert": {**_SMALL, "max_position_embeddings": 128},
     "Roberta": {**_SMALL, "max_position_embeddings": 130, "type_vocab_size": 1},
+    "XLMRoberta": {**_SMALL, "max_position_embeddings": 130, "type_vocab_size": 1},
     "ModernBert": {
         **_SMALL, "max_position_embeddings": 128, "global_attn_every_n_layers": 2, "local_attention": 16,
         "cls_token_id": 0, "sep_token_id": 2,
     },
+    "DistilBert": {
+        "vocab_size": VOCABULARY, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "pad_token_id": 1,
+        "initializer_range": 0.1, "max_position_embeddings": 128,
+    },
+    "Electra": {**_SMALL, "embedding_size": 32, "max_position_embeddings": 128},
+    "MPNet": {**_SMALL, "max_position_embeddings": 130},
+    "Camembert": {**_SMALL, "max_position_embeddings": 130},
 }  # fmt: skip
-
-SMOLLM2_135M: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.04,
-    "rope_theta": 100000.0,
-    "bos_token_id": 0,
-    "pad_token_id": 1,
-    "eos_token_id": 2,
-}
-"""The shape that the decoder is measured with."""
 
 
 def write_tokenizer(folder: Path, *, marks: bool = False) -> None:

@@ -26,7 +26,8 @@ from flink_llm.engine.parity import (
     measure_encoder,
     refer,
 )
-from flink_llm.errors import ExportError, ModelFolderError
+from flink_llm.engine.quantize import EightBits
+from flink_llm.errors import ExportError, FlinkLlmError, ModelFolderError
 
 __all__ = ["LARGEST_DIFFERENCE", "Order", "Precision", "Task", "export_decoder", "export_model"]
 
@@ -113,6 +114,7 @@ class _Exporter:
     unit = "texts"
     candidates: tuple[str, ...] = ("int8", "fp32")
     """What `auto` tries. Not fp16: the CPU computes it in fp32 anyway, with casts."""
+    forms: tuple[EightBits, ...] = (EightBits(), EightBits("unsigned"))
 
     def __init__(self, source: Source, order: Order, scratch: Path) -> None:
         self._source = source
@@ -121,10 +123,27 @@ class _Exporter:
         self._texts = list(order.texts[:MOST]) or list(TEXTS)
 
     def make(self, precision: str) -> _Made:
-        """A measured folder. Raises ExportError for what cannot be built or opened."""
+        """A measured folder; for int8, of the first form that is near enough, else of the last.
+
+        Raises ExportError for what cannot be built or opened.
+        """
+        made = self._make(precision, self.forms[0])
+        for form in self.forms[1:] if precision == "int8" else ():
+            if made.faults:
+                made = self._make(precision, form)
+        return made
+
+    def _make(self, precision: str, form: EightBits) -> _Made:
         raise NotImplementedError
 
-    def _finish(self, folder: Path, fields: dict[str, Any], measure: Callable[[ModelFolder], Any]) -> _Made:
+    def _folder(self, precision: str, form: EightBits) -> Path:
+        folder = self._scratch / f"{precision}-{form.weights}-{form.head}"
+        folder.mkdir()
+        return folder
+
+    def _finish(
+        self, folder: Path, fields: dict[str, Any], form: EightBits, measure: Callable[[ModelFolder], Any]
+    ) -> _Made:
         """Opens what was built as users will, measures it, and writes down how it came out."""
         fields |= {
             "name": self._order.name,
@@ -135,37 +154,36 @@ class _Exporter:
         write_manifest(folder, **fields)
         try:
             parity = measure(open_model_folder(folder))
+            if fields["precision"] == "int8":
+                parity |= form.said()
             return _Made(folder, write_manifest(folder, **fields, parity=parity), faults(fields["precision"], parity))
         except ModelFolderError as error:
             raise ExportError(str(error)) from error
+        except (FlinkLlmError, OSError):
+            raise
+        except Exception as error:  # ONNX Runtime's errors share no base class, and torch's come from anywhere
+            reason = str(error).strip().partition("\n")[0]
+            raise ExportError(f"{self._source.name} was built, and cannot be run: {reason}") from error
 
 
 class _DecoderExporter(_Exporter):
     unit = "tokens"
     candidates = ("int8", "int4", "fp32")
+    forms = (EightBits(), EightBits("unsigned"), EightBits("unsigned", head=False))
 
     def __init__(self, source: Source, order: Order, scratch: Path) -> None:
         super().__init__(source, order, scratch)
         self._reference: Reference | None = None
 
-    def make(self, precision: str) -> _Made:
-        """See `_Exporter`. An int8 folder whose logits suffer keeps the product that makes them in fp32."""
-        made = self._make(precision, head=True)
-        if not made.faults or precision != "int8":
-            return made
-        return self._make(precision, head=False)
-
-    def _make(self, precision: str, *, head: bool) -> _Made:
-        folder = self._scratch / f"{precision}-{head}"
-        fields = decoders.build_decoder(self._source, folder, self._scratch, precision, head=head)
+    def _make(self, precision: str, form: EightBits) -> _Made:
+        folder = self._folder(precision, form)
+        fields = decoders.build_decoder(self._source, folder, self._scratch, precision, form)
         fields |= {"kind": "decoder", "precision": precision}
 
         def measure(opened: ModelFolder) -> dict[str, Any]:
-            reference = self._refer(opened)
-            parity = measure_decoder(opened, reference, precision)
-            return parity if head else parity | {"logits_product": "fp32"}
+            return measure_decoder(opened, self._refer(opened), precision)
 
-        return self._finish(folder, fields, measure)
+        return self._finish(folder, fields, form, measure)
 
     def _refer(self, opened: ModelFolder) -> Reference:
         if self._reference is None:
@@ -190,10 +208,9 @@ class _EncoderExporter(_Exporter):
         self._task = encoders.task_of(source, order.task)
         self._original: Any = None
 
-    def make(self, precision: str) -> _Made:
-        """See `_Exporter`."""
-        folder = self._scratch / precision
-        fields = encoders.build_encoder(self._source, folder, self._scratch, precision, self._task)
+    def _make(self, precision: str, form: EightBits) -> _Made:
+        folder = self._folder(precision, form)
+        fields = encoders.build_encoder(self._source, folder, self._scratch, precision, self._task, form)
         fields |= {"kind": self._task, "precision": precision}
 
         def measure(opened: ModelFolder) -> dict[str, Any]:
@@ -204,7 +221,7 @@ class _EncoderExporter(_Exporter):
             tokens = [tokenizer.encode_marked(text) for text in self._texts]
             return measure_encoder(opened, self._original, [each for each in tokens if each], self._task)
 
-        return self._finish(folder, fields, measure)
+        return self._finish(folder, fields, form, measure)
 
 
 def _exporter(source: Source, order: Order, scratch: Path) -> _Exporter:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flink_llm.engine.export_source import NEEDS, Source
-from flink_llm.engine.quantize import quantize_rows
+from flink_llm.engine.quantize import EightBits, quantize_rows
 from flink_llm.errors import ExportError
 
 SERVED = (
@@ -21,25 +21,26 @@ SERVED = (
     "Qwen3ForCausalLM",
     "Phi3ForCausalLM",
     "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "GraniteForCausalLM",
 )
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _building = threading.Lock()
 
 
-def build_decoder(source: Source, made: Path, scratch: Path, precision: str, *, head: bool = True) -> dict[str, Any]:
+def build_decoder(source: Source, made: Path, scratch: Path, precision: str, form: EightBits) -> dict[str, Any]:
     """Fills the folder `made` with graph, tokenizer and chat template; the fields of its manifest.
 
-    `scratch` keeps what other precisions may use again. Without `head`, int8 leaves the logits' product in
-    fp32. Raises ExportError for what cannot be built.
+    `scratch` keeps what other precisions may use again, `form` is that of int8. Raises ExportError for what
+    cannot be built.
     """
-    made.mkdir()
     base = "fp32" if precision == "int8" else precision
     built = scratch / f"built-{base}"
     if not built.exists():
         _build(source, built, base)
     if precision == "int8":
-        quantize_rows(built / "model.onnx", made, head=head)
+        quantize_rows(built / "model.onnx", made, form)
     else:
         for name in ("model.onnx", "model.onnx.data"):
             if (built / name).exists():

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 
 from flink_llm.engine.export_source import NEEDS, Source
 from flink_llm.engine.model import Manifest
-from flink_llm.engine.quantize import quantize_rows
+from flink_llm.engine.quantize import EightBits, quantize_rows
 from flink_llm.errors import ExportError
 
 Task = Literal["embedding", "classifier", "token_classifier", "reranker"]
-FAMILIES = ("Bert", "Roberta", "XLMRoberta", "ModernBert")
+FAMILIES = ("Bert", "Roberta", "XLMRoberta", "ModernBert", "DistilBert", "Electra", "MPNet", "Camembert")
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSET = 20
 """The first with a Gelu of its own."""
@@ -30,6 +30,8 @@ _HEADS: dict[str, Task] = {
 SERVED = tuple(family + head for family in FAMILIES for head in _HEADS)
 _POOLINGS = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last"}
 """By the names of sentence-transformers, before and since its release 6."""
+_BEHIND_PADDING = ("Roberta", "MPNet", "Camembert")
+"""Families whose positions begin behind the padding token's id."""
 _exporting = threading.Lock()
 
 
@@ -51,19 +53,21 @@ def task_of(source: Source, asked: Task | None) -> Task:
     return task
 
 
-def build_encoder(source: Source, made: Path, scratch: Path, precision: str, task: Task) -> dict[str, Any]:
+def build_encoder(
+    source: Source, made: Path, scratch: Path, precision: str, task: Task, form: EightBits
+) -> dict[str, Any]:
     """Fills the folder `made` with graph and tokenizer; the fields of its manifest.
 
-    `scratch` keeps what other precisions may use again. Raises ExportError for what cannot be built.
+    `scratch` keeps what other precisions may use again, `form` is that of int8. Raises ExportError for what
+    cannot be built.
     """
-    made.mkdir()
     base = "fp32" if precision == "int8" else precision
     built = scratch / f"built-{base}"
     if not built.exists():
         built.mkdir()
         _export(source, built, task, half=base == "fp16")
     if precision == "int8":
-        quantize_rows(built / "model.onnx", made)
+        quantize_rows(built / "model.onnx", made, form)
     else:
         shutil.copytree(built, made, dirs_exist_ok=True)
     for name in ("tokenizer.json", "README.md"):
@@ -175,7 +179,7 @@ def _labels(source: Source) -> list[str]:
 def _context(source: Source) -> int:
     """The longest text: what the positions reach, or less where the original cuts earlier."""
     positions = int(source.config["max_position_embeddings"])
-    if "oberta" in source.architecture:  # its positions begin behind the padding token's id
+    if any(family in source.architecture for family in _BEHIND_PADDING):
         positions -= int(source.config.get("pad_token_id") or 0) + 1
     said = (
         source.optional("sentence_bert_config.json").get("max_seq_length"),

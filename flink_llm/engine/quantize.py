@@ -1,4 +1,4 @@
-"""W8A8: a graph's products in eight bits, with one activation scale per row.
+"""W8A8: a graph's products in bytes, with one activation scale per row.
 
 For each group of products that share an input, the input's row is scaled by its largest magnitude and
 rounded once:
@@ -6,14 +6,16 @@ rounded once:
     x ── Abs ── ReduceMax ─────────────┬───────────────────────────────┐
     └─────────────────────────── Div ──┘── QuantizeLinear ── product ── Mul ── y
 
-A row's answer depends on that row alone: whoever shares a batch is never felt, to the bit. Activations
-and weights are unsigned with a zero point of 128, because ONNX Runtime's unsigned-by-signed product
-saturates unseen on machines without VNNI, while unsigned-by-unsigned is exact on all.
+A row's answer depends on that row alone: whoever shares a batch is never felt, to the bit. Rows are
+unsigned with a zero point of 128. The product by signed weights is the fast one, and on machines that
+have AVX2 without VNNI it adds pairs in 16 bits, where 255 * 127 * 2 saturates unseen. So signed weights
+have 64 levels each way (255 * 64 * 2 fits), and where that is too coarse weights are unsigned with all
+of theirs. Both are exact on every machine.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -22,21 +24,34 @@ from numpy.typing import NDArray
 DATA = "model.onnx.data"
 CONTRIB = "com.microsoft"
 LEVELS = 127
+"""Each way from zero: of a row, of unsigned weights, and of a table, which nothing is multiplied by."""
+SIGNED_LEVELS = 64
 ZERO = 128
 
 
-def quantize_rows(source: Path, to: Path, *, head: bool = True) -> int:
+@dataclass(frozen=True)
+class EightBits:
+    """A form of W8A8. Without `head` the product that makes the logits stays in fp32."""
+
+    weights: Literal["signed", "unsigned"] = "signed"
+    head: bool = True
+
+    def said(self) -> dict[str, str]:
+        """For a manifest."""
+        return {"weights": self.weights, **({} if self.head else {"logits_product": "fp32"})}
+
+
+def quantize_rows(source: Path, to: Path, form: EightBits) -> int:
     """Writes the W8A8 form of the fp32 graph `source` into the folder `to`; how many products it has.
 
-    Products of float matrices that the graph holds are rewritten, and the table that `input_ids` looks
-    rows up in. Without `head` the product that makes the logits stays as it is, and a table shared with it.
-    Needs opset 18 or later.
+    Products by float matrices that the graph holds are rewritten, and the table that `input_ids` looks
+    rows up in; not a table that is shared with a product which stays. Needs opset 18 or later.
     """
     model = ir.load(source)
     graph = model.graph
     graph.opset_imports.setdefault(CONTRIB, 1)
-    rewriter = _Rewriter(graph)
-    kept = set() if head else {matrix for output in graph.outputs if (matrix := _matrix_of(output.producer())[0])}
+    rewriter = _Rewriter(graph, signed=form.weights == "signed")
+    kept = set() if form.head else {matrix for output in graph.outputs if (matrix := _matrix_of(output.producer())[0])}
     count = sum(rewriter.products(x, group, kept) for x, group in _groups(graph).items())
     rewriter.table(kept)
     _sweep(graph)
@@ -55,13 +70,16 @@ class _Product:
 
 
 class _Rewriter:
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, *, signed: bool) -> None:
         self._graph = graph
+        self._signed = signed
         self._nodes: list[ir.Node] = []
+        self._bytes: dict[ir.Value, tuple[ir.Value, NDArray[np.float32]]] = {}
         self._zero = self._constant("w8a8/zero", np.array(ZERO, np.uint8))
         self._step = self._constant("w8a8/step", np.array(1 / LEVELS, np.float32))
         self._one = self._constant("w8a8/one", np.array(1, np.float32))
         self._last = self._constant("w8a8/last", np.array([-1], np.int64))
+        self._weights_zero = self._constant("w8a8/weights_zero", np.array(0, np.int8)) if self._signed else self._zero
 
     def products(self, x: ir.Value, group: list[_Product], kept: set[ir.Value]) -> int:
         """Rewrites the products of one input; how many."""
@@ -74,7 +92,7 @@ class _Rewriter:
         outputs = []
         for product in group:
             matrix, scales = self._matrix(product)
-            inputs = [row, matrix, self._one, scales, self._zero, self._zero]
+            inputs = [row, matrix, self._one, scales, self._zero, self._weights_zero]
             outputs.append(self._add("Mul", [self._add("MatMulIntegerToFloat", inputs, CONTRIB), largest]))
         self._place(group[0].node)
         for product, output in zip(group, outputs, strict=True):
@@ -82,41 +100,47 @@ class _Rewriter:
         return len(group)
 
     def table(self, kept: set[ir.Value]) -> None:
-        """Rewrites the embedding: rows in eight bits, each with its scale."""
+        """Rewrites the embedding: rows of bytes, each with its scale."""
         for node in [node for node in self._graph if node.op_type == "Gather" and not node.domain]:
             table, turned = _held(node, 0)
             if table is None or table in kept or _value(node, 1).name != "input_ids":
                 continue
             ids = _value(node, 1)
-            rows, worth = self._eight_bits(table, over=0 if turned else 1)
+            rows, worth = self._in_bytes(table, over=0 if turned else 1, levels=LEVELS)
             if turned:
                 rows = self._add("Transpose", [rows], perm=[1, 0])
-            scales = self._constant(f"{table.name}/w8_row_scales", worth.reshape(-1, 1))
-            zero = self._constant("w8a8/zero_float", np.array(ZERO, np.float32))
-            levels = self._add("Cast", [self._add("Gather", [rows, ids])], to=ir.DataType.FLOAT)
-            found = self._add("Mul", [self._add("Sub", [levels, zero]), self._add("Gather", [scales, ids])])
+            found = self._add("Cast", [self._add("Gather", [rows, ids])], to=ir.DataType.FLOAT)
+            if not self._signed:
+                found = self._add("Sub", [found, self._constant("w8a8/zero_float", np.array(ZERO, np.float32))])
+            scales = self._constant(f"{table.name}/row_scales", worth.reshape(-1, 1))
+            found = self._add("Mul", [found, self._add("Gather", [scales, ids])])
             self._place(node)
             self._replace(node, found)
 
     def _matrix(self, product: _Product) -> tuple[ir.Value, ir.Value]:
-        """The matrix [inputs, outputs] in eight bits, and a scale for each of its columns."""
-        matrix, worth = self._eight_bits(product.matrix, over=1 if product.turned else 0)
+        """The matrix [inputs, outputs] in bytes, and a scale for each of its columns."""
+        levels = SIGNED_LEVELS if self._signed else LEVELS
+        matrix, worth = self._in_bytes(product.matrix, over=1 if product.turned else 0, levels=levels)
         if product.turned:
             matrix = self._add("Transpose", [matrix], perm=[1, 0])
         # The row's own rounding step goes in here too: what is left for the row is its largest magnitude.
         scales = worth.reshape(-1) / np.float32(LEVELS)
-        return matrix, self._constant(f"{product.matrix.name}/w8_column_scales", scales)
+        return matrix, self._constant(f"{product.matrix.name}/column_scales", scales)
 
-    def _eight_bits(self, value: ir.Value, *, over: int) -> tuple[ir.Value, NDArray[np.float32]]:
-        """Levels around 128, and what a level is worth; one scale for each line along the axis `over`.
+    def _in_bytes(self, value: ir.Value, *, over: int, levels: int) -> tuple[ir.Value, NDArray[np.float32]]:
+        """Levels around zero, and what a level is worth; one scale for each line along the axis `over`.
 
-        A matrix that is both embedding and logits stays one in the file: the graph turns it for one of
-        them, once, when it is loaded.
+        A matrix that is both embedding and logits stays one in the file, in the levels of its product: the
+        graph turns it for one of them, once, when it is loaded.
         """
-        weights = _array(value)
-        largest = np.abs(weights).max(axis=over, keepdims=True)
-        worth: NDArray[np.float32] = np.where(largest > 0, largest / LEVELS, 1).astype(np.float32)
-        return self._constant(f"{value.name}/w8", (np.rint(weights / worth) + ZERO).astype(np.uint8)), worth
+        if value not in self._bytes:
+            weights = _array(value)
+            largest = np.abs(weights).max(axis=over, keepdims=True)
+            worth: NDArray[np.float32] = np.where(largest > 0, largest / levels, 1).astype(np.float32)
+            found = np.rint(weights / worth)
+            found = found.astype(np.int8) if self._signed else (found + ZERO).astype(np.uint8)
+            self._bytes[value] = self._constant(f"{value.name}/bytes", found), worth
+        return self._bytes[value]
 
     def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
         if name in self._graph.initializers:
