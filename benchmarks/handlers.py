@@ -52,7 +52,18 @@ class Counted(AsyncUdf):
 
 
 class Timed(AsyncUdf):
-    """Streams a reply and says when its call ended, in seconds of this machine's clock."""
+    """Says when its call ended, in seconds of this machine's clock."""
+
+    async def open(self, ctx: Context) -> None:
+        self._model = ctx.model("scripted")
+
+    async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
+        await self._model.chat(request.messages)
+        return {"request_id": request.request_id, "completed": time.time()}
+
+
+class Streamed(AsyncUdf):
+    """Streams a reply, and says when its call ended."""
 
     async def open(self, ctx: Context) -> None:
         self._model = ctx.model("scripted")

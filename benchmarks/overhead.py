@@ -28,7 +28,7 @@ from flink_llm.local.broker import Broker, create_topics
 from flink_llm.testing import Script
 
 RATE = 200
-WARM_UP_ROUNDS = 12
+WARM_UP_RATE, WARM_UP_S, WARM_UP_ROUNDS = 500, 25.0, 12
 FLOOR = """
 import sys
 from kafka import KafkaConsumer, KafkaProducer
@@ -40,8 +40,8 @@ for record in consumer:
 """
 
 
-def latencies(servers: str, requests: str, responses: str, seconds: float, level: str) -> list[float]:
-    """Milliseconds from send to a committed answer, at `RATE` for `seconds`."""
+def latencies(servers: str, requests: str, responses: str, seconds: float, level: str, rate: int = RATE) -> list[float]:
+    """Milliseconds from send to a committed answer, at `rate` for `seconds`."""
     producer = KafkaProducer(bootstrap_servers=servers, acks="all", linger_ms=0)
     consumer = KafkaConsumer(
         responses, bootstrap_servers=servers, group_id=None, auto_offset_reset="latest", isolation_level=level
@@ -50,7 +50,7 @@ def latencies(servers: str, requests: str, responses: str, seconds: float, level
         consumer.poll(timeout_ms=50)
     for partition in consumer.assignment():
         consumer.position(partition)
-    count: int = int(RATE * seconds)
+    count: int = int(rate * seconds)
     sent: dict[str, float] = {}
     found: list[float] = []
     mark = uuid.uuid4().hex[:6]
@@ -59,7 +59,7 @@ def latencies(servers: str, requests: str, responses: str, seconds: float, level
     def send() -> None:
         """On a thread of its own, asleep between two records: neither core is kept busy by measuring."""
         for i in range(count):
-            time.sleep(max(0.0, began + i / RATE - time.perf_counter()))
+            time.sleep(max(0.0, began + i / rate - time.perf_counter()))
             identifier = f"{mark}-{i}"
             messages = [{"role": "user", "content": "hello"}]
             value = {"request_id": identifier, "session_id": f"s{i % 100}", "messages": messages}
@@ -85,25 +85,31 @@ def latencies(servers: str, requests: str, responses: str, seconds: float, level
     return found
 
 
-def _warm_up(servers: str, topics: dict[str, str], level: str) -> None:
-    """Until latency falls no more: Java compiles what runs often, on the cores that everything else needs."""
+def _warm_up(servers: str, topics: dict[str, str], level: str, seconds: float) -> None:
+    """More load than is measured, then until latency falls no more.
+
+    Java compiles what has run often, on the cores that everything else needs: that takes as many records,
+    and seconds, as it takes.
+    """
+    asked, answered = topics["requests"], topics["responses"]
+    latencies(servers, asked, answered, seconds, level, WARM_UP_RATE)
     before = float("inf")
-    for _ in range(WARM_UP_ROUNDS):
-        now = statistics.median(latencies(servers, topics["requests"], topics["responses"], 5.0, level))
-        if now > 0.9 * before:
+    for _ in range(WARM_UP_ROUNDS if seconds == WARM_UP_S else 0):
+        now = statistics.median(latencies(servers, asked, answered, 5.0, level))
+        if now > 0.97 * before:
             return
         before = now
 
 
 def measure(
-    servers: str, folder: Path, *, pairs: int, seconds: float, delivery: Any, interval_ms: int
+    servers: str, folder: Path, *, pairs: int, seconds: float, warm_up_s: float, delivery: Any, interval_ms: int
 ) -> dict[str, Any]:
     """Alternating runs of the floor and of ours."""
     mark = uuid.uuid4().hex[:8]
     asked, answered = f"floor.requests.{mark}", f"floor.responses.{mark}"
     create_topics(servers, [asked, answered])
     floor = subprocess.Popen([sys.executable, "-c", FLOOR, servers, asked, answered])
-    flink = FlinkSettings(delivery=delivery, checkpoint_interval_ms=interval_ms, expected_rate=RATE)
+    flink = FlinkSettings(delivery=delivery, checkpoint_interval_ms=interval_ms)
     operator = OperatorSettings(remember_s=60)
     ours: list[list[float]] = []
     floors: list[list[float]] = []
@@ -114,7 +120,7 @@ def measure(
             consumer = KafkaConsumer(running.topics["responses"], bootstrap_servers=servers, group_id=None)
             pipeline.warm_up(running, producer, consumer)
             topics = running.topics
-            _warm_up(servers, topics, level)
+            _warm_up(servers, topics, level, warm_up_s)
             for _ in range(pairs):
                 floors.append(latencies(servers, asked, answered, seconds, "read_uncommitted"))
                 ours.append(latencies(servers, topics["requests"], topics["responses"], seconds, level))
@@ -144,9 +150,9 @@ def main() -> None:
         broker = Broker(Path(folder))
         broker.up([])
         try:
-            pairs, seconds = (2, 4.0) if args.quick else (5, 10.0)
+            pairs, seconds, warm_up_s = (2, 4.0, 8.0) if args.quick else (5, 10.0, WARM_UP_S)
             found = measure(
-                broker.bootstrap_servers, Path(folder), pairs=pairs, seconds=seconds,
+                broker.bootstrap_servers, Path(folder), pairs=pairs, seconds=seconds, warm_up_s=warm_up_s,
                 delivery="at_least_once", interval_ms=1000,
             )  # fmt: skip
             result = {
@@ -156,7 +162,7 @@ def main() -> None:
             }  # fmt: skip
             if not args.quick:
                 once = measure(
-                    broker.bootstrap_servers, Path(folder), pairs=pairs, seconds=seconds,
+                    broker.bootstrap_servers, Path(folder), pairs=pairs, seconds=seconds, warm_up_s=warm_up_s,
                     delivery="exactly_once", interval_ms=200,
                 )  # fmt: skip
                 result |= {

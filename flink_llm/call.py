@@ -32,9 +32,10 @@ EMPTY_STATE = codec.pack({})
 class OperatorSettings(Struct, frozen=True, kw_only=True):
     """How one operator runs its handler.
 
-    `capacity`: places per subtask. `deadline`: seconds from arrival, None for none. `remember_s`: how
-    long a result answers repeats of its request id, 0 for not at all. `reply_topics`: where `reply_to`
-    may point. `max_result_bytes`: the largest record, key and headers included, that goes out.
+    `capacity`: calls at a time, per subtask; an eighth more is read ahead. `deadline`: seconds from
+    arrival, None for none. `remember_s`: how long a result answers repeats of its request id, 0 for not
+    at all. `reply_topics`: where `reply_to` may point. `max_result_bytes`: the largest record, key and
+    headers included, that goes out.
     """
 
     job: str = "flink-llm"

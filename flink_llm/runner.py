@@ -9,6 +9,7 @@ itself. What the loop thread cannot go on from is raised on the main thread, whe
 
 import asyncio
 import contextlib
+import gc
 import logging
 import random
 import threading
@@ -29,6 +30,8 @@ from flink_llm.places import Places
 log = logging.getLogger(__name__)
 
 BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 5.0
+READ_AHEAD = 8
+"""One in so many places more than run: while Flink's thread is at something else, an end begins the next."""
 TICK_S = 0.01
 GRACE_S = 1.0
 CLOSE_S = 10.0
@@ -55,7 +58,7 @@ class Runner:
         self.stateful = udf.stateful
         self.metrics = Metrics()
         self.event_times = EventTimes()
-        self.places = Places(settings.capacity, clock)
+        self.places = Places(settings.capacity + settings.capacity // READ_AHEAD, clock)
         self.clock = RecordClock(lambda: services.outage_since, stops=settings.on_outage == "wait", clock=clock)
         self._udf = udf
         self._services = services
@@ -69,6 +72,8 @@ class Runner:
         self._alive: dict[tuple[int, bytes], Call] = {}
         self._lanes: dict[tuple[int, str], Lane] = {}
         self._timed: set[Call] = set()
+        self._running = 0
+        self._ready: deque[tuple[Call, Lane | None]] = deque()
         self._closing = False
 
     # The main thread's side.
@@ -82,6 +87,8 @@ class Runner:
         except BaseException:
             self.close()
             raise
+        gc.collect()
+        gc.freeze()  # modules and models outlive the job: a full collection would stop all calls to look at them
 
     def submit(self, call: Call, *, wait: bool = True) -> None:
         """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does."""
@@ -207,7 +214,16 @@ class Runner:
                 lane.waiting.append(call)
                 return
             lane.running = call
-        call.task = self._loop.create_task(self._run(call, lane))
+        self._ready.append((call, lane))
+        self._begin()
+
+    def _begin(self) -> None:
+        """Runs who is ready, as far as there is room."""
+        while self._ready and self._running < self.settings.capacity:
+            call, lane = self._ready.popleft()
+            if not call.ended:
+                self._running += 1
+                call.task = self._loop.create_task(self._run(call, lane))
 
     async def _run(self, call: Call, lane: Lane | None) -> None:
         while not call.ended and not self._closing:
@@ -310,6 +326,9 @@ class Runner:
             return
         call.ended = True
         call.outcome = outcome
+        if call.task is not None:
+            self._running -= 1
+            self._begin()
         if isinstance(outcome, Result):
             self._answered_at = self.clock.now()
         self._timed.discard(call)

@@ -1,23 +1,14 @@
 """One shard of an operator: what Flink's state must hold so that nothing is lost or said twice.
 
-Everything here runs on Flink's thread, for the key that Flink has set. A record is in `inflight` from
-its arrival until the very call in which its outcome is emitted, so a checkpoint holds either the
-record or the outcome, never both and never neither. State is bytes of `flink_llm.codec` only:
-
-    meta       shards, maximum parallelism: refused when they are not the job's
-    inflight   sequence → epoch ms of its arrival, arrival
-    ids        digest of (key, request id) → expiry in epoch ms, hash of the payload
-    answers    the same digest → value and topic of its result
-    states     key → the key's `ctx.state`
-
-`ids` and the names of `states` are mirrored in memory, since asking Flink for something it does not
-have is a blocking round trip.
+Everything here runs on Flink's thread, for the key that Flink has set. A record is in state from its
+arrival until the very call in which its outcome is emitted, so a checkpoint holds either the record or
+the outcome, never both and never neither. `flink_llm.kept` says what is kept, and in which bytes. Names
+are mirrored in memory, since asking Flink for something it does not have is a blocking round trip.
 """
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 import msgspec
 from msgspec import Struct
@@ -26,6 +17,7 @@ from flink_llm import codec
 from flink_llm.arrivals import Arrival
 from flink_llm.call import DEADLINE_HEADER, EMPTY_STATE, Call, Failed, Outcome, Result
 from flink_llm.errors import RecordError, StateError
+from flink_llm.kept import Kept, Remembered
 from flink_llm.records import Failure
 from flink_llm.runner import Runner, conflict
 
@@ -34,33 +26,6 @@ CACHED_BYTES = 16 * 1024 * 1024
 KEY_LIMIT, MESSAGE_LIMIT = 1024, 2000
 """Characters of a key or id, and of a message, in a failure record."""
 PURGE_PER_DRAIN = 50
-
-
-class ByteMap(Protocol):
-    """A map in Flink state, or a dictionary of a test: `get` gives None for what is absent."""
-
-    def get(self, key: Any) -> bytes | None: ...
-    def put(self, key: Any, value: bytes) -> None: ...
-    def remove(self, key: Any) -> None: ...
-    def keys(self) -> Iterable[Any]: ...
-    def items(self) -> Iterable[tuple[Any, bytes]]: ...
-
-
-class ByteValue(Protocol):
-    """A value in Flink state."""
-
-    def value(self) -> bytes | None: ...
-    def update(self, value: bytes) -> None: ...
-
-
-class Store(Struct, frozen=True):
-    """The state of whichever shard Flink has set as its key."""
-
-    meta: ByteValue
-    inflight: ByteMap
-    ids: ByteMap
-    answers: ByteMap
-    states: ByteMap
 
 
 class Output(Struct, frozen=True):
@@ -80,22 +45,21 @@ class Shard:
     Raises StateError when the state was written for another configuration.
     """
 
-    def __init__(self, number: int, store: Store, runner: Runner) -> None:
+    def __init__(self, number: int, kept: Kept, runner: Runner) -> None:
         self.number = number
         self.runner = runner
         self.events: deque[tuple[Call, bytes | None]] = deque()
         self.restored = 0
-        self._store = store
+        self._kept = kept
         self._settings = runner.settings
         self._open: dict[int, Call] = {}
         self._per_key: dict[str, int] = {}
-        self._ids: dict[bytes, tuple[int, bytes]] = {}
-        self._expiries: deque[tuple[int, bytes]] = deque()
+        self._answers: dict[bytes, Remembered] = {}
+        self._expiries: deque[Remembered] = deque()
         self._known_states: set[str] = set()
         self._states: OrderedDict[str, bytes] = OrderedDict()
         self._states_bytes = 0
         self._next = 0
-        self._check_meta()
         self._restore()
 
     @property
@@ -146,10 +110,10 @@ class Shard:
         if call.outcome is not None and not self._settings.ordered:
             yield from self._settle(call)
             if restored:
-                self._store.inflight.remove(sequence)
+                self._kept.remove_record(sequence)
             return
         if not restored:
-            self._store.inflight.put(sequence, codec.pack([arrived_ms, data]))
+            self._kept.add_record(sequence, arrived_ms, data)
         call.restored = restored
         self._open[sequence] = call
         self.runner.event_times.add(arrival.timestamp)
@@ -161,34 +125,32 @@ class Shard:
     def _remembered(self, call: Call) -> Outcome | None:
         if call.identity is None:
             return None
-        digest = call.identity[1]
-        known = self._ids.get(digest)
-        if known is None or known[0] <= _now_ms():
+        known = self._answers.get(call.identity[1])
+        if known is None or known.expiry <= _now_ms():
             return None
-        if known[1] != call.payload_hash:
+        if known.payload_hash != call.payload_hash:
             return conflict(call.request_id)
-        answer = self._store.answers.get(digest)
+        answer = self._kept.answer(known)
         if answer is None:
             return None
-        value, topic = codec.unpack(answer)
         self.runner.metrics.add("repeats")
-        return Result(value, topic)
+        return Result(*answer)
 
     def _state_of(self, key: str) -> bytes | None:
         if key not in self._known_states:
             return None
-        state = self._states.get(key) or self._store.states.get(key)
+        state = self._states.get(key) or self._kept.state(key)
         if state is not None:
             self._cache_state(key, state)
         return state
 
     def _set_state(self, key: str, state: bytes) -> None:
         if state != EMPTY_STATE:
-            self._store.states.put(key, state)
+            self._kept.set_state(key, state)
             self._known_states.add(key)
             self._cache_state(key, state)
         elif key in self._known_states:
-            self._store.states.remove(key)
+            self._kept.remove_state(key)
             self._known_states.discard(key)
             self._states_bytes -= len(self._states.pop(key, b""))
 
@@ -202,7 +164,7 @@ class Shard:
 
     def _commit(self, call: Call) -> Iterator[Output]:
         del self._open[call.sequence]
-        self._store.inflight.remove(call.sequence)
+        self._kept.remove_record(call.sequence)
         left = self._per_key[call.key] - 1
         if left:
             self._per_key[call.key] = left
@@ -228,25 +190,23 @@ class Shard:
         if call.identity is None or self._settings.remember_s <= 0:
             return
         digest = call.identity[1]
-        if digest in self._ids and self._ids[digest][0] > _now_ms():
+        known = self._answers.get(digest)
+        if known is not None and known.expiry > _now_ms():
             return  # a repeat, whose first answer stays the one remembered
-        expiry = _now_ms() + int(self._settings.remember_s * 1000)
-        self._ids[digest] = (expiry, call.payload_hash)
-        self._expiries.append((expiry, digest))
-        self._store.ids.put(digest, codec.pack([expiry, call.payload_hash]))
-        self._store.answers.put(digest, codec.pack([result.value, result.topic]))
+        new = Remembered(digest, call.payload_hash, _now_ms() + int(self._settings.remember_s * 1000))
+        self._answers[digest] = new
+        self._expiries.append(new)
+        self._kept.add_answer(new, result.value, result.topic)
 
     def _purge(self) -> None:
         now = _now_ms()
         for _ in range(PURGE_PER_DRAIN):
-            if not self._expiries or self._expiries[0][0] > now:
+            if not self._expiries or self._expiries[0].expiry > now:
                 return
-            expiry, digest = self._expiries.popleft()
-            if self._ids.get(digest, (0, b""))[0] != expiry:
-                continue  # run again since, and remembered anew
-            del self._ids[digest]
-            self._store.ids.remove(digest)
-            self._store.answers.remove(digest)
+            known = self._expiries.popleft()
+            if self._answers.get(known.digest) is known:  # and not run again since, and remembered anew
+                del self._answers[known.digest]
+            self._kept.remove_answer(known)
 
     def _failure(self, call: Call, failed: Failed) -> Output:
         """Why, and where the original is, cut to sizes that any topic takes: docs/records.md states them."""
@@ -286,36 +246,29 @@ class Shard:
 
     # State of an earlier run.
 
-    def _check_meta(self) -> None:
+    def _restore(self) -> None:
+        self._held, remembered, keys, known = self._kept.names()
         wanted = [self._settings.shards, self._settings.max_parallelism]
-        stored = self._store.meta.value()
-        if stored is None:
-            self._store.meta.update(codec.pack(wanted))
-            return
-        found = codec.unpack(stored)
-        if list(found[:2]) != wanted:
+        if not known:
+            self._kept.set_meta(*wanted)
+        elif self._kept.meta()[:2] != wanted:
+            found = self._kept.meta()
             raise StateError(
                 f"state was written with shards={found[0]} and max_parallelism={found[1]}; "
                 f"the job says shards={wanted[0]} and max_parallelism={wanted[1]}: set them back"
             )
-
-    def _restore(self) -> None:
-        for digest, packed in list(self._store.ids.items()):
-            expiry, payload_hash = codec.unpack(packed)
-            self._ids[digest] = (expiry, payload_hash)
-            self._expiries.append((expiry, digest))
-        self._expiries = deque(sorted(self._expiries))
+        self._expiries.extend(remembered)
+        self._answers = {known.digest: known for known in remembered}
         if self.runner.stateful:
-            self._known_states.update(self._store.states.keys())
-        self._held = sorted(self._store.inflight.items())
-        self._next = self._held[-1][0] + 1 if self._held else 0
+            self._known_states.update(keys)
+        self._next = self._held[-1] + 1 if self._held else 0
 
     def resume(self) -> Iterator[Output]:
         """Runs again, in order of arrival, what was in flight when the state was written."""
         held, self._held = self._held, []
         self.restored = len(held)
-        for sequence, packed in held:
-            arrived_ms, data = codec.unpack(packed)[:2]
+        for sequence in held:
+            arrived_ms, data = self._kept.record(sequence)
             yield from self._admit(sequence, data, arrived_ms, restored=True)
 
 

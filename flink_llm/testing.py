@@ -28,9 +28,10 @@ from flink_llm.engine.work import Backend, WorkTable
 from flink_llm.errors import ConfigError
 from flink_llm.feature_row import FeatureRow
 from flink_llm.handler import AsyncUdf, signature_of
+from flink_llm.kept import Kept
 from flink_llm.names import unknown
 from flink_llm.runner import Runner
-from flink_llm.shard import Output, Shard, Store
+from flink_llm.shard import Output, Shard
 
 Served = TypeVar("Served", Model, Embedder, Classifier)
 
@@ -226,38 +227,12 @@ class MemoryMap:
         """All keys."""
         return list(self.data)
 
-    def items(self) -> Iterable[tuple[Any, bytes]]:
-        """All entries."""
-        return list(self.data.items())
 
-
-class MemoryValue:
-    """A value of Flink state, in memory."""
-
-    def __init__(self) -> None:
-        self.data: bytes | None = None
-
-    def value(self) -> bytes | None:
-        """The value, None before the first update."""
-        return self.data
-
-    def update(self, value: bytes) -> None:
-        """Sets the value."""
-        self.data = value
-
-
-def memory_store() -> Store:
-    """The state of one shard, in memory."""
-    return Store(MemoryValue(), MemoryMap(), MemoryMap(), MemoryMap(), MemoryMap())
-
-
-def copy_store(store: Store) -> Store:
-    """What a checkpoint of `store` would hold."""
-    copy = memory_store()
-    for name in Store.__struct_fields__:
-        kept = getattr(store, name).data
-        getattr(copy, name).data = dict(kept) if isinstance(kept, dict) else kept
-    return copy
+def copy_state(state: Kept) -> Kept:
+    """What a checkpoint would hold."""
+    copy = MemoryMap()
+    copy.data = dict(state.entries.data)  # type: ignore[attr-defined]
+    return Kept(copy)
 
 
 class Harness:
@@ -274,18 +249,18 @@ class Harness:
         *,
         key: KeySpec = "session_id",
         settings: OperatorSettings | None = None,
-        state: Store | None = None,
+        state: Kept | None = None,
     ) -> None:
         self._keyer = Keyer(key, signature_of(udf)[0])
         self.services = services or FakeServices()
         self.runner = Runner(udf, self.services, settings or OperatorSettings())
-        self.store = state or memory_store()
+        self.state = state or Kept(MemoryMap())
         self.outputs: list[Output] = []
         self._offset = 0
 
     def __enter__(self) -> "Harness":
         self.runner.start()
-        self.shard = Shard(0, self.store, self.runner)
+        self.shard = Shard(0, self.state, self.runner)
         self.outputs += self.shard.resume()
         return self
 
@@ -319,9 +294,9 @@ class Harness:
             time.sleep(0.002)
         return self.outputs
 
-    def checkpoint(self) -> Store:
+    def checkpoint(self) -> Kept:
         """The state as a checkpoint taken now would hold it."""
-        return copy_store(self.store)
+        return copy_state(self.state)
 
     def results(self) -> list[Any]:
         """The decoded values of all results so far."""

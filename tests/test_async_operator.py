@@ -57,3 +57,52 @@ def test_time_comes_no_further_than_the_oldest_in_flight(watermark, oldest, low)
 def test_shards_that_cannot_be_spread_evenly_are_refused(shards, groups):
     with pytest.raises(ConfigError, match="must be a multiple of"):
         async_operator.shard_keys(shards, groups)
+
+
+class Ends:
+    """A shard whose call ends after `seconds`, as the places tell."""
+
+    def __init__(self, seconds):
+        self.in_flight, self.events, self.seconds, self.waits = 1, [], seconds, 0
+        self.places = self
+
+    def wait_until(self, there, timeout):
+        self.waits += 1
+        if self.seconds <= timeout:
+            self.events.append("end")
+
+
+def test_a_call_that_ends_in_a_moment_is_waited_for():
+    shard = Ends(0.0)
+    patience = async_operator._Patience(shard)
+    for bundle in range(100):
+        shard.events.clear()
+        patience.wait(shard, bundle)
+        assert shard.events
+
+
+def test_calls_that_take_longer_are_soon_not_waited_for():
+    shard = Ends(1.0)
+    patience = async_operator._Patience(shard)
+    for bundle in range(2000):
+        patience.wait(shard, bundle)
+    assert shard.waits < 30
+
+
+def test_a_bundle_waits_for_a_moment_in_all(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(async_operator.time, "perf_counter", lambda: now[0])
+    shard = Ends(0.0)
+    waited = []
+
+    def wait(there, timeout):
+        waited.append(timeout)
+        now[0] += min(timeout, 0.002)
+        shard.events.append("end")
+
+    shard.wait_until = wait
+    patience = async_operator._Patience(shard)
+    for _ in range(5):
+        shard.events.clear()
+        patience.wait(shard, bundle=1)
+    assert waited == pytest.approx([0.003, 0.001])

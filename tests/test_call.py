@@ -12,7 +12,7 @@ from flink_llm.call import OperatorSettings
 from flink_llm.errors import ConfigError, FlinkLlmError, Outage, RecordError, StateError
 from flink_llm.handler import AsyncUdf
 from flink_llm.records import ChatRequest, EmbedRequest, Message
-from flink_llm.testing import FakeServices, Harness, Script, copy_store
+from flink_llm.testing import FakeServices, Harness, Script, copy_state
 
 
 def request(number, session="s", text="hello", **fields):
@@ -156,13 +156,18 @@ def test_a_repeat_changes_no_state():
             run.outputs += run.shard.receive(data)
             time.sleep(0.02)
         run.finish()
-        assert list(run.store.states.data)
+        assert states(run)
         assert [result["count"] for result in run.results()] == [1, 2, 1, 3]
-        again = copy_store(run.store)
+        again = copy_state(run.state)
     with Harness(Counting(), state=again) as run:
         run.send(request(4))
         run.finish()
     assert [result["count"] for result in run.results()] == [4]
+
+
+def states(run):
+    """The keys' states."""
+    return {name[1:]: value for name, value in run.state.entries.data.items() if name[:1] == b"s"}
 
 
 def arrival_of(number):
@@ -187,7 +192,7 @@ def test_an_empty_state_takes_no_room():
         for number, text in enumerate(["keep", "drop", "drop"]):
             run.send(request(number, text=text))
             run.finish()
-        assert run.store.states.data == {}
+        assert states(run) == {}
     assert [result["found"] for result in run.results()] == [{}, {"kept": True}, {}]
 
 
@@ -202,7 +207,7 @@ def test_a_state_that_no_release_can_read_is_told_to_the_job():
     with Harness(Stateful()) as run:
         run.send(request(1))
         run.finish()
-        run.store.states.data["s"] = b"\x09" + run.store.states.data["s"][1:]
+        run.state.set_state("s", b"\x09" + (run.state.state("s") or b"")[1:])
         state = run.checkpoint()
     with Harness(Stateful(), state=state) as run:
         run.send(request(2))

@@ -182,7 +182,8 @@ def test_secrets_are_masked_whole():
 
 def test_what_the_operator_lets_through_must_be_what_the_producer_takes():
     raw = {**GOOD, "operator": {"max_result_bytes": 5_000_000}}
-    with pytest.raises(ConfigError, match=r"max_result_bytes is 5000000, kafka\.properties\.max\.request\.size 1048576"):
+    said = r"max_result_bytes is 5000000, kafka\.properties\.max\.request\.size 1048576"
+    with pytest.raises(ConfigError, match=said):
         parse(raw, Path())
     raw["kafka"] = {"properties": {"max.request.size": 6_000_000}}
     assert parse(raw, Path()).operator.max_result_bytes == 5_000_000

@@ -157,7 +157,7 @@ def test_remembered_answers_expire():
         run.finish()
         time.sleep(0.1)
         list(run.shard.drain())
-        assert run.store.answers.data == {}
+        assert not run.state.names()[1]
     assert [result["text"] for result in run.results()] == ["hello", "another"]
 
 
@@ -193,7 +193,7 @@ def test_a_crash_loses_nothing_and_runs_again_in_order():
     with Harness(Plain(), state=state, settings=settings) as again:
         again.finish()
     assert [result["request_id"] for result in again.results()] == [f"r{i}" for i in range(20)]
-    assert again.store.inflight.data == {}
+    assert again.state.names()[0] == []
 
 
 def test_state_is_committed_with_the_outcome_and_never_twice():
@@ -309,6 +309,46 @@ def test_a_place_is_free_when_the_outcome_could_be_emitted():
         assert time.monotonic() - began < 0.9
         run.finish()
     assert len(run.results()) == 6
+
+
+def test_an_eighth_of_the_places_is_read_ahead_and_begins_without_flinks_thread():
+    running = []
+
+    class Held(AsyncUdf):
+        async def call(self, request: ChatRequest, ctx):
+            running.append(request.request_id)
+            await asyncio.to_thread(Plain.release.wait, 10)
+            return {"request_id": request.request_id}
+
+    Plain.release.clear()
+    with Harness(Held(), settings=OperatorSettings(capacity=8)) as run:
+        began = time.monotonic()
+        for i in range(9):
+            run.send(request(i))
+        assert time.monotonic() - began < 0.9  # the ninth did not wait for a place
+        time.sleep(0.1)
+        assert len(running) == 8
+        Plain.release.set()
+        deadline = time.monotonic() + 5
+        while len(running) < 9 and time.monotonic() < deadline:
+            time.sleep(0.01)  # nothing is submitted or emitted meanwhile
+        assert len(running) == 9
+        run.finish()
+    assert len(run.results()) == 9
+
+
+def test_a_deadline_passes_for_what_is_read_ahead():
+    Plain.release.clear()
+    with Harness(Plain(), settings=OperatorSettings(capacity=8, deadline=10)) as run:
+        for i in range(8):
+            run.send(request(i, text="hold"))
+        run.send(request(8, deadline=0.1))
+        time.sleep(0.3)
+        run.outputs += run.shard.drain()
+        assert [failure["code"] for failure in run.failures()] == ["deadline"]
+        Plain.release.set()
+        run.finish()
+    assert len(run.results()) == 8
 
 
 def test_a_full_operator_gives_way_after_its_patience():

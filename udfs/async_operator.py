@@ -1,8 +1,9 @@
 """`apply`: an `AsyncUdf` on a stream, as an operator that never waits for a bundle.
 
 A keyed process function over shards. An arriving record is kept in keyed state, its coroutine is
-started on the runner's loop, and a processing-time timer every few milliseconds emits what has ended,
-for as long as anything is in flight. Adapter only: what happens to a record is in `flink_llm.runner`
+started on the runner's loop, and a processing-time timer every few milliseconds emits what has ended in
+any shard, for as long as anything is in flight. Each shard with something in flight has a slow timer of
+its own as well, which a restore finds. Adapter only: what happens to a record is in `flink_llm.runner`
 and `flink_llm.shard`.
 """
 
@@ -14,7 +15,7 @@ from msgspec import Struct
 from pyflink.common import Row, Types
 from pyflink.datastream import DataStream, OutputTag, RuntimeExecutionMode, TimeDomain
 from pyflink.datastream.functions import KeyedProcessFunction, ProcessFunction, RuntimeContext
-from pyflink.datastream.state import MapStateDescriptor, ValueStateDescriptor
+from pyflink.datastream.state import MapStateDescriptor
 from pyflink.java_gateway import get_gateway
 
 from flink_llm import codec, environment
@@ -23,12 +24,18 @@ from flink_llm.call import OperatorSettings
 from flink_llm.errors import ConfigError, StateError
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.kafka import INBOUND
+from flink_llm.kept import Kept
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
-from flink_llm.shard import Output, Shard, Store
+from flink_llm.shard import Output, Shard
+from flink_llm.udfs.bundles import KeyedState, without_sampler
 from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
 
 TIMER_MS = 5
+SHARD_TIMER_MS = 1000
+MOMENT_S = 0.003
+"""How long a bundle's arrivals together may hold it for calls that are about to end."""
+WAIT_AGAIN_AFTER = 200
 END_OF_TIME = 2**63 - 1
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
@@ -125,6 +132,7 @@ class _Arrive(ProcessFunction):  # type: ignore[misc]
         self._key, self._takes, self._shards, self._inbound = key, takes, shards, inbound
 
     def open(self, runtime_context: RuntimeContext) -> None:
+        without_sampler()
         self._keyer = Keyer(self._key, self._takes)
 
     def process_element(self, value: Any, ctx: ProcessFunction.Context) -> Iterator[tuple[int, bytes]]:
@@ -177,22 +185,16 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._keys = keys
 
     def open(self, runtime_context: RuntimeContext) -> None:
+        without_sampler()
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._shards: dict[int, Shard] = {}
-        self._pending: set[int] = set()
-
-        def bytes_by(name: str, key_type: Any) -> Any:
-            return runtime_context.get_map_state(MapStateDescriptor(name, key_type, _BYTES))
-
-        self._store = Store(
-            meta=runtime_context.get_state(ValueStateDescriptor("meta", _BYTES)),
-            inflight=bytes_by("inflight", Types.LONG()),
-            ids=bytes_by("ids", _BYTES),
-            answers=bytes_by("answers", _BYTES),
-            states=bytes_by("states", Types.STRING()),
-        )
+        self._timer: int | None = None
+        self._shard_timers: dict[int, int] = {}
+        self._keyed = KeyedState(runtime_context)
+        self._kept = Kept(runtime_context.get_map_state(MapStateDescriptor("shard", _BYTES, _BYTES)))
         self._runner = Runner(self._udf, open_services(self._services), self._settings)
         self._runner.start()
+        self._patience = _Patience(self._runner)
         self._counters = _Counters(runtime_context, self)
 
     def close(self) -> None:
@@ -204,39 +206,55 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         return sum(shard.in_flight for shard in self._shards.values())
 
     def process_element(self, value: Any, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        shard = self._shards.get(value[0])
-        if shard is None:
-            shard = self._touch(value[0], ctx)
-            yield from self._emit(shard.resume(), ctx)
-        yield from self._emit(shard.receive(value[1]), ctx)
-        yield from self._emit(shard.drain(), ctx)
-        self._schedule(shard, ctx)
+        number = value[0]
+        if number not in self._shards:
+            yield from self._touch(number, ctx)
+        yield from self._emit(self._shards[number].receive(value[1]), ctx)
+        self._patience.wait(self._shards[number], self._keyed.bundles)
+        yield from self._drain(ctx)
+        self._schedule(number, ctx)
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         number = self._numbers.get(ctx.get_current_key())
         if number is None:
             raise StateError("state holds a shard that the job does not have: set flink.shards back to what it was")
         self._runner.places.let_go()
-        shard = self._shards.get(number)
-        if shard is None:
-            shard = self._touch(number, ctx)
-            yield from self._emit(shard.resume(), ctx)
+        if number not in self._shards:
+            yield from self._touch(number, ctx)
         if ctx.time_domain() == TimeDomain.EVENT_TIME:
-            yield from self._emit(shard.drain_all(), ctx)
+            yield from self._emit(self._shards[number].drain_all(), ctx)
             return
-        self._pending.discard(number)
-        yield from self._emit(shard.drain(), ctx)
-        self._schedule(shard, ctx)
+        if self._timer is not None and timestamp >= self._timer:
+            self._timer = None
+        if timestamp >= self._shard_timers.get(number, timestamp):
+            self._shard_timers.pop(number, None)
+        yield from self._drain(ctx)
+        self._schedule(number, ctx)
 
-    def _touch(self, number: int, ctx: Any) -> Shard:
-        shard = self._shards[number] = Shard(number, self._store, self._runner)
+    def _touch(self, number: int, ctx: Any) -> Iterator[Any]:
+        """A shard's first element or timer, in a new job or after a restore."""
+        shard = self._shards[number] = Shard(number, self._kept, self._runner)
         ctx.timer_service().register_event_time_timer(END_OF_TIME)
-        return shard
+        yield from self._emit(shard.resume(), ctx)
 
-    def _schedule(self, shard: Shard, ctx: Any) -> None:
-        if shard.in_flight and shard.number not in self._pending:
-            self._pending.add(shard.number)
-            ctx.timer_service().register_processing_time_timer(int(time.time() * 1000) + TIMER_MS)
+    def _drain(self, ctx: Any) -> Iterator[Any]:
+        """What has ended in any shard: one timer serves them all."""
+        self._runner.check()
+        own = self._keyed.key
+        for shard in self._shards.values():
+            if shard.events:
+                self._keyed.key = Row(self._keys[shard.number])
+                yield from self._emit(shard.drain(), ctx)
+        self._keyed.key = own
+
+    def _schedule(self, number: int, ctx: Any) -> None:
+        now = int(time.time() * 1000)
+        if self._timer is None and self.in_flight:
+            self._timer = now + TIMER_MS
+            ctx.timer_service().register_processing_time_timer(self._timer)
+        if number not in self._shard_timers and self._shards[number].in_flight:
+            self._shard_timers[number] = now + SHARD_TIMER_MS
+            ctx.timer_service().register_processing_time_timer(now + SHARD_TIMER_MS)
         self._counters.report()
 
     def _emit(self, outputs: Iterator[Output], ctx: Any) -> Iterator[Any]:
@@ -248,20 +266,54 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             yield (row, stamp) if tag is None else (tag, (row, stamp))
 
 
+class _Patience:
+    """Waits a moment for a call that has just begun, where such calls have been ending in a moment.
+
+    What ends before its bundle does leaves with it, and not with the timer's, two bundles later. As a
+    spinning lock does, this goes by what was seen: once calls take longer it only tries now and then.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._bundle = -1
+        self._left = 0.0
+        self._paid = 1.0  # moving share of waits that saw an end
+        self._skipped = 0
+
+    def wait(self, shard: Shard, bundle: int) -> None:
+        """After an arrival, in the bundle of this number."""
+        if not shard.in_flight or shard.events:
+            return
+        if self._paid < 0.5 and self._skipped < WAIT_AGAIN_AFTER:
+            self._skipped += 1
+            return
+        if bundle != self._bundle:
+            self._bundle, self._left = bundle, MOMENT_S
+        if self._left <= 0:
+            return
+        self._skipped = 0
+        began = time.perf_counter()
+        self._runner.places.wait_until(lambda: bool(shard.events), self._left)
+        self._left -= time.perf_counter() - began
+        self._paid += (bool(shard.events) - self._paid) / 16
+
+
 class _Counters:
     """Brings the runner's counts to Flink's metrics, from Flink's thread as PyFlink demands."""
 
     def __init__(self, runtime_context: RuntimeContext, operator: "_AsyncOperator") -> None:
-        self._group = runtime_context.get_metrics_group().add_group("flink_llm")
+        group = runtime_context.get_metrics_group()
+        self._group = None if group is None else group.add_group("flink_llm")  # python.metric.enabled: false
         self._counts = operator._runner.metrics.counts
         self._flink: dict[str, Any] = {}
         self._reported: dict[str, int] = {}
         self._next = 0.0
-        self._group.gauge("in_flight", lambda: operator.in_flight)
+        if self._group is not None:
+            self._group.gauge("in_flight", lambda: operator.in_flight)
 
     def report(self) -> None:
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next or self._group is None:
             return
         self._next = now + 1
         for name, count in list(self._counts.items()):

@@ -78,5 +78,5 @@ class KvCache:
 
     def _array(self, value: ort.OrtValue, slots: int) -> Array:
         data = (ctypes.c_char * (slots * self._row_bytes)).from_address(value.data_ptr())
-        made: Array = np.frombuffer(data, dtype=self._dtype).reshape(slots, *self._shape)
+        made: Array = np.frombuffer(memoryview(data), dtype=self._dtype).reshape(slots, *self._shape)
         return made

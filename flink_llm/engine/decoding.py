@@ -151,8 +151,8 @@ class Decoding:
             sequence.restrict(logits[slot])
         options = [sequence.options for sequence in sequences]
         tokens = sample(logits, slots, options, [sequence.count for sequence in sequences])
-        for entry, token in zip(entries, tokens, strict=True):
-            self._take(entry, token, said)
+        for entry, chosen in zip(entries, tokens, strict=True):
+            self._take(entry, chosen, said)
 
     def _take(self, entry: Entry[_Generation], token: int | None, said: Said) -> None:
         job, sequence = entry.item.job, entry.item.sequence

@@ -3,7 +3,6 @@
 import hashlib
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
@@ -59,7 +58,7 @@ class CallInfo:
         self.session_id = session_id
         self.remaining = remaining
         self.priority = priority
-        self.counts: Counter[str] = Counter()
+        self.counts: dict[str, int] = {}
         self.open_generations: set[Generation] = set()
         self.last_generation = ""
 
@@ -86,8 +85,9 @@ def work_id(info: CallInfo, what: Submit) -> str:
     content = {name: value for name, value in _stated(what).items() if name not in _NOT_CONTENT}
     parts = [info.job, info.operator, info.key, info.request_id, content]
     digest = hashlib.sha256(_stable.encode(parts)).hexdigest()
-    info.counts[digest] += 1
-    return hashlib.sha256(f"{digest}/{info.counts[digest] - 1}".encode()).hexdigest()
+    before = info.counts.get(digest, 0)
+    info.counts[digest] = before + 1
+    return hashlib.sha256(f"{digest}/{before}".encode()).hexdigest()
 
 
 def _stated(struct: Struct) -> dict[str, Any]:
