@@ -118,7 +118,7 @@ def main() -> None:
         broker = Broker(Path(folder))
         broker.up([])
         try:
-            seconds, warm_up_s = (8.0, 8.0) if args.quick else (40.0, 60.0)
+            seconds, warm_up_s = (8.0, 8.0) if args.quick else (40.0, 100.0)
             found = fast(broker.bootstrap_servers, Path(folder), seconds, warm_up_s)
             print(json.dumps({**found, **slow(broker.bootstrap_servers, Path(folder), seconds, warm_up_s)}))
         finally:

@@ -28,7 +28,7 @@ from flink_llm.local.broker import Broker, create_topics
 from flink_llm.testing import Script
 
 RATE = 200
-WARM_UP_RATE, WARM_UP_S, WARM_UP_ROUNDS = 500, 25.0, 12
+WARM_UP_RATE, WARM_UP_S, WARM_UP_ROUNDS = 500, 70.0, 12
 FLOOR = """
 import sys
 from kafka import KafkaConsumer, KafkaProducer

@@ -35,7 +35,7 @@ TIMER_MS = 5
 SHARD_TIMER_MS = 1000
 MOMENT_S = 0.003
 """How long a bundle's arrivals together may hold it for calls that are about to end."""
-WAIT_AGAIN_AFTER = 200
+WAIT_AGAIN_AFTER = 1000
 END_OF_TIME = 2**63 - 1
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
