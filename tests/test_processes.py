@@ -49,6 +49,7 @@ import os, signal
 from pathlib import Path
 from flink_llm.local import processes
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
 plain = processes.subprocess.Popen
 
 def popen(*args, **kwargs):
