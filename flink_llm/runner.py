@@ -9,7 +9,6 @@ itself. What the loop thread cannot go on from is raised on the main thread, whe
 
 import asyncio
 import contextlib
-import gc
 import logging
 import random
 import threading
@@ -87,8 +86,6 @@ class Runner:
         except BaseException:
             self.close()
             raise
-        gc.collect()
-        gc.freeze()  # modules and models outlive the job: a full collection would stop all calls to look at them
 
     def submit(self, call: Call, *, wait: bool = True) -> None:
         """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does."""

@@ -7,6 +7,7 @@ its own as well, which a restore finds. Adapter only: what happens to a record i
 and `flink_llm.shard`.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -36,6 +37,7 @@ SHARD_TIMER_MS = 1000
 MOMENT_S = 0.003
 """How long a bundle's arrivals together may hold it for calls that are about to end."""
 WAIT_AGAIN_AFTER = 1000
+"""Arrivals that are not waited for before one is again, to see whether it pays by now."""
 END_OF_TIME = 2**63 - 1
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
@@ -194,6 +196,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._kept = Kept(runtime_context.get_map_state(MapStateDescriptor("shard", _BYTES, _BYTES)))
         self._runner = Runner(self._udf, open_services(self._services), self._settings)
         self._runner.start()
+        gc.collect()
+        gc.freeze()  # modules and models live as long as this worker: a full collection would stop all calls for them
         self._patience = _Patience(self._runner)
         self._counters = _Counters(runtime_context, self)
 
