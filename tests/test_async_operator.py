@@ -1,48 +1,9 @@
 """What the Flink operator does before and around the runner; the rest is tested where it is, or in integration."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from flink_llm.arrivals import Arrival
-from flink_llm.errors import ConfigError
 from flink_llm.udfs import async_operator
 from flink_llm.udfs.event_time import low_mark
-
-
-def arrive(value, stamp=5):
-    step = async_operator._Arrive("k", dict, 16, False)
-    step.open(None)
-    ((_, data),) = step.process_element(value, SimpleNamespace(timestamp=lambda: stamp))
-    return Arrival.from_bytes(data)
-
-
-def deep():
-    value = {}
-    for _ in range(100_000):
-        value = {"v": value}
-    return {"k": "a", "v": value}
-
-
-@pytest.mark.parametrize("value", [{"k": "a", "n": 2**70}, deep(), {"k": "a", "s": "\ud800"}], ids=["n", "deep", "s"])
-def test_an_element_that_state_cannot_hold_arrives_as_a_failure_to_be(value):
-    arrival = arrive(value)
-    assert arrival.element is None
-    assert "cannot be kept" in arrival.key_error
-
-
-@pytest.mark.parametrize("key", ["\ud800", b"\xff", 7])
-def test_any_key_can_be_carried(key):
-    step = async_operator._Arrive(lambda _: key, dict, 16, False)
-    step.open(None)
-    ((shard, data),) = step.process_element({"k": 1}, SimpleNamespace(timestamp=lambda: 5))
-    assert 0 <= shard < 16
-    assert Arrival.from_bytes(data).key
-
-
-def test_a_stream_without_times_has_none():
-    assert arrive({"k": "a"}, stamp=-(2**63)).timestamp is None
-    assert arrive({"k": "a"}, stamp=7).timestamp == 7
 
 
 @pytest.mark.parametrize(
@@ -51,12 +12,6 @@ def test_a_stream_without_times_has_none():
 )
 def test_time_comes_no_further_than_the_oldest_in_flight(watermark, oldest, low):
     assert low_mark(watermark, oldest) == low
-
-
-@pytest.mark.parametrize(("shards", "groups"), [(0, 128), (129, 128), (12, 128)])
-def test_shards_that_cannot_be_spread_evenly_are_refused(shards, groups):
-    with pytest.raises(ConfigError, match="must be a multiple of"):
-        async_operator.shard_keys(shards, groups)
 
 
 class Ends:

@@ -15,22 +15,21 @@ from typing import Any, Literal
 from msgspec import Struct
 from pyflink.common import Row, Types
 from pyflink.datastream import DataStream, OutputTag, RuntimeExecutionMode, TimeDomain
-from pyflink.datastream.functions import KeyedProcessFunction, ProcessFunction, RuntimeContext
+from pyflink.datastream.functions import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapStateDescriptor
-from pyflink.java_gateway import get_gateway
 
-from flink_llm import codec, environment
-from flink_llm.arrivals import Arrival, Keyer, KeySpec, shard_of
+from flink_llm import environment
+from flink_llm.arrivals import KeySpec
 from flink_llm.call import OperatorSettings
 from flink_llm.errors import ConfigError, StateError
 from flink_llm.handler import AsyncUdf, signature_of
-from flink_llm.kafka import INBOUND
 from flink_llm.kept import Kept
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard
 from flink_llm.udfs.bundles import KeyedState, without_sampler
 from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
+from flink_llm.udfs.keying import Reader, keyed, shard_keys
 
 TIMER_MS = 5
 SHARD_TIMER_MS = 1000
@@ -41,7 +40,6 @@ WAIT_AGAIN_AFTER = 1000
 END_OF_TIME = 2**63 - 1
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
-_ARRIVAL = Types.TUPLE([Types.INT(), _BYTES])
 PARTIALS = OutputTag("partials", EMITTED)
 FAILURES = OutputTag("failures", EMITTED)
 _TAGS = {"partial": PARTIALS, "failure": FAILURES}
@@ -86,12 +84,9 @@ def apply(
     env = stream.get_execution_environment()
     _check_environment(env, settings)
     keys = shard_keys(settings.shards, settings.max_parallelism)
-    arrivals = stream.process(_Arrive(key, takes, settings.shards, _is_inbound(stream)), _ARRIVAL)
-    arrivals = arrivals.name(f"{uid}: key").uid(f"{uid}-key")
-    keyed = arrivals.key_by(_ShardKey(keys), Types.INT())
-    keyed._j_data_stream.getTransformation().getInputs()[0].setUid(f"{uid}-shard")
-    operator = _AsyncOperator(udf, settings, services, keys)
-    emitted = keyed.process(operator, EMITTED).name(uid).uid(uid)
+    by_shard, read = keyed(stream, key, takes, keys, uid)
+    operator = _AsyncOperator(udf, settings, services, keys, read)
+    emitted = by_shard.process(operator, EMITTED).name(uid).uid(uid)
     emitted._j_data_stream.getTransformation().setMaxParallelism(settings.max_parallelism)
     tables = environment.tables(env)
     return Outputs(
@@ -101,93 +96,19 @@ def apply(
     )
 
 
-def shard_keys(shards: int, max_parallelism: int) -> list[int]:
-    """The INT key of each shard, spread so that subtasks differ by one shard at every parallelism.
-
-    Shard i takes key group i * max_parallelism / shards; its key is the smallest number that Flink's
-    own hash puts there. Raises ConfigError unless `max_parallelism` is a multiple of `shards`.
-    """
-    if not 0 < shards <= max_parallelism or max_parallelism % shards:
-        raise ConfigError(
-            f"max_parallelism={max_parallelism} must be a multiple of shards={shards}: "
-            f"set shards to a divisor of it, about 4 for each subtask you will ever run"
-        )
-    jvm = get_gateway().jvm
-    assign = jvm.org.apache.flink.runtime.state.KeyGroupRangeAssignment.assignToKeyGroup
-    row = jvm.org.apache.flink.types.Row(1)  # PyFlink's keys are rows of one field
-    wanted = {shard * max_parallelism // shards: shard for shard in range(shards)}
-    keys: dict[int, int] = {}
-    candidate = 0
-    while len(keys) < shards:
-        row.setField(0, candidate)
-        shard = wanted.get(assign(row, max_parallelism))
-        if shard is not None:
-            keys.setdefault(shard, candidate)
-        candidate += 1
-    return [keys[shard] for shard in range(shards)]
-
-
-class _Arrive(ProcessFunction):  # type: ignore[misc]
-    """An element to (shard, arrival bytes)."""
-
-    def __init__(self, key: KeySpec, takes: Any, shards: int, inbound: bool) -> None:
-        self._key, self._takes, self._shards, self._inbound = key, takes, shards, inbound
-
-    def open(self, runtime_context: RuntimeContext) -> None:
-        without_sampler()
-        self._keyer = Keyer(self._key, self._takes)
-
-    def process_element(self, value: Any, ctx: ProcessFunction.Context) -> Iterator[tuple[int, bytes]]:
-        stamp = ctx.timestamp()
-        stamp = stamp if stamp is not None and stamp >= 0 else None  # Flink's mark for a stream without times
-        if self._inbound:
-            arrival = Arrival(
-                value=value.value,
-                from_kafka=True,
-                kafka_key=value.key,
-                headers=value.headers or {},
-                topic=value.topic,
-                partition=value.partition,
-                offset=value.offset,
-                timestamp=stamp,
-            )
-        else:
-            arrival = self._lowered(value, stamp)
-        by, arrival = self._keyer.arrive(arrival)
-        yield shard_of(by, self._shards), arrival.to_bytes()
-
-    @staticmethod
-    def _lowered(value: Any, stamp: int | None) -> Arrival:
-        """An element of any stream; one that state cannot hold arrives as nothing, with the reason why."""
-        try:
-            arrival = Arrival(element=_lower(value), timestamp=stamp)
-            arrival.to_bytes()
-        except (TypeError, RecursionError) as error:
-            return Arrival(key_error=f"the record cannot be kept: {error}"[:500], timestamp=stamp)
-        return arrival
-
-
-class _ShardKey:
-    """A shard's INT key. A class, so that it travels by reference to this module."""
-
-    def __init__(self, keys: list[int]) -> None:
-        self._keys = keys
-
-    def __call__(self, arrival: tuple[int, bytes]) -> int:
-        return self._keys[arrival[0]]
-
-
 class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
     """See the module's description."""
 
-    def __init__(self, udf: AsyncUdf, settings: OperatorSettings, services: Any, keys: list[int]) -> None:
+    def __init__(self, udf: AsyncUdf, settings: OperatorSettings, services: Any, keys: list[int], read: Reader) -> None:
         self._udf = udf
         self._settings = settings
         self._services = services
         self._keys = keys
+        self._read = read
 
     def open(self, runtime_context: RuntimeContext) -> None:
         without_sampler()
+        self._read.open()
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._shards: dict[int, Shard] = {}
         self._timer: int | None = None
@@ -210,10 +131,10 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         return sum(shard.in_flight for shard in self._shards.values())
 
     def process_element(self, value: Any, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        number = value[0]
+        number, data = self._read(value, ctx.get_current_key(), ctx.timestamp())
         if number not in self._shards:
             yield from self._touch(number, ctx)
-        yield from self._emit(self._shards[number].receive(value[1]), ctx)
+        yield from self._emit(self._shards[number].receive(data), ctx)
         self._patience.wait(self._shards[number], self._keyed.bundles)
         yield from self._drain(ctx)
         self._schedule(number, ctx)
@@ -325,25 +246,6 @@ class _Counters:
                 self._flink[name] = self._group.counter(name)
             self._flink[name].inc(count - self._reported.get(name, 0))
             self._reported[name] = count
-
-
-def _is_inbound(stream: DataStream) -> bool:
-    found = stream.get_type()
-    found = getattr(found, "_type_info", found)  # a stream that came from a table wraps its type
-    return bool(getattr(found, "_field_names", None) == INBOUND._field_names)
-
-
-def _lower(value: Any) -> Any:
-    """An element of any stream as JSON types: rows and tuples lose their class."""
-    if isinstance(value, Row):
-        return {name: _lower(item) for name, item in value.as_dict(True).items()}
-    if isinstance(value, dict):
-        return {str(name): _lower(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_lower(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str, bytes)) or codec.is_registered(value):
-        return value
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def _side(stream: DataStream, tag: OutputTag) -> Any:

@@ -1,0 +1,213 @@
+"""How a stream comes to its shards: a record's key is read, and the record sent where its shard lives.
+
+Two ways to one result. A Kafka stream keyed by a field is keyed in Java, by SQL: the record then passes
+Python once, and waits for the end of one bundle and not of two. A key function, or a stream of another
+kind, takes a stage in Python before the operator.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pyflink.common import Row, Types
+from pyflink.datastream import DataStream, ProcessFunction
+from pyflink.datastream.data_stream import KeyedStream
+from pyflink.datastream.functions import RuntimeContext
+from pyflink.java_gateway import get_gateway
+from pyflink.table import DataTypes, Schema, StreamTableEnvironment
+
+from flink_llm import codec, environment
+from flink_llm.arrivals import Arrival, Keyer, KeySpec, shard_of
+from flink_llm.errors import ConfigError
+from flink_llm.kafka import INBOUND, table_uids
+from flink_llm.udfs.bundles import without_sampler
+
+_BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
+_ARRIVAL = Types.TUPLE([Types.INT(), _BYTES])
+_RECORD = Types.ROW(INBOUND.get_field_types()[:-1])  # its time is the stream record's
+_KEYED = Types.ROW([Types.INT(), _RECORD, Types.INSTANT()])
+_PLAIN_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MOST_IN_SQL = 1024
+"""Shards whose keys SQL is given as a literal."""
+
+
+def shard_keys(shards: int, max_parallelism: int) -> list[int]:
+    """The INT key of each shard, spread so that subtasks differ by one shard at every parallelism.
+
+    Shard i takes key group i * max_parallelism / shards; its key is the smallest number that Flink's
+    own hash puts there. Raises ConfigError unless `max_parallelism` is a multiple of `shards`.
+    """
+    if not 0 < shards <= max_parallelism or max_parallelism % shards:
+        raise ConfigError(
+            f"max_parallelism={max_parallelism} must be a multiple of shards={shards}: "
+            f"set shards to a divisor of it, about 4 for each subtask you will ever run"
+        )
+    jvm = get_gateway().jvm
+    assign = jvm.org.apache.flink.runtime.state.KeyGroupRangeAssignment.assignToKeyGroup
+    row = jvm.org.apache.flink.types.Row(1)  # PyFlink's keys are rows of one field
+    wanted = {shard * max_parallelism // shards: shard for shard in range(shards)}
+    keys: dict[int, int] = {}
+    candidate = 0
+    while len(keys) < shards:
+        row.setField(0, candidate)
+        shard = wanted.get(assign(row, max_parallelism))
+        if shard is not None:
+            keys.setdefault(shard, candidate)
+        candidate += 1
+    return [keys[shard] for shard in range(shards)]
+
+
+def keyed(stream: DataStream, key: KeySpec, takes: Any, keys: list[int], uid: str) -> tuple[KeyedStream, "Reader"]:
+    """`stream` by the keys of its shards, and what the operator reads its elements with."""
+    inbound = is_inbound(stream)
+    if inbound and isinstance(key, str) and _PLAIN_FIELD.fullmatch(key) and len(keys) <= _MOST_IN_SQL:
+        return _keyed_in_java(stream, key, keys, uid), Reader(key, takes, keys)
+    arrivals = stream.process(_Arrive(key, takes, len(keys), inbound), _ARRIVAL)
+    arrivals = arrivals.name(f"{uid}: key").uid(f"{uid}-key")
+    by_shard = arrivals.key_by(_ShardKey(keys), Types.INT())
+    by_shard._j_data_stream.getTransformation().getInputs()[0].setUid(f"{uid}-shard")
+    return by_shard, Reader(None, takes, keys)
+
+
+class Reader:
+    """Reads what arrives at the operator, as `keyed` has sent it."""
+
+    def __init__(self, key: str | None, takes: Any, keys: list[int]) -> None:
+        self._key, self._takes, self._keys = key, takes, keys
+
+    def open(self) -> None:
+        """In the worker, before the first element."""
+        self._numbers = {key: number for number, key in enumerate(self._keys)}
+        self._keyer = None if self._key is None else Keyer(self._key, self._takes)
+
+    def __call__(self, value: Any, key: int, timestamp: int | None) -> tuple[int, bytes]:
+        """(shard, arrival bytes) of an element of that Flink key."""
+        if self._keyer is None:
+            number, data = value
+            return number, data
+        number = self._numbers[key]
+        by, arrival = self._keyer.arrive(_inbound(value, timestamp))
+        if arrival.key is not None and shard_of(by, len(self._keys)) != number:
+            # Java's JSON reader gave it up (nesting beyond 1,000): run here it would not meet its key's other records.
+            arrival = _without_key(
+                arrival, "the key of the record cannot be read by Flink: is the record nested too deeply?"
+            )
+        return number, arrival.to_bytes()
+
+
+def is_inbound(stream: DataStream) -> bool:
+    """Whether its elements are Kafka records as `flink_llm.kafka.source` reads them."""
+    found = stream.get_type()
+    found = getattr(found, "_type_info", found)  # a stream that came from a table wraps its type
+    return bool(getattr(found, "_field_names", None) == INBOUND._field_names)
+
+
+def _keyed_in_java(stream: DataStream, key: str, keys: list[int], uid: str) -> KeyedStream:
+    tables: StreamTableEnvironment = environment.tables(stream.get_execution_environment())
+    schema = (
+        Schema.new_builder()
+        .column("key", DataTypes.BYTES())
+        .column("value", DataTypes.BYTES())
+        .column("headers", DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES()))
+        .column("topic", DataTypes.STRING())
+        .column("partition", DataTypes.INT())
+        .column("offset", DataTypes.BIGINT())
+        .column("time", DataTypes.TIMESTAMP_LTZ(3))
+        .column_by_expression("rowtime", "COALESCE(`time`, TO_TIMESTAMP_LTZ(-1, 3))")  # a table asks for one
+        .watermark("rowtime", "SOURCE_WATERMARK()")
+        .build()
+    )
+    rows = tables.from_data_stream(stream, schema)
+    columns = ", ".join(f"`{name}`" for name in INBOUND.get_field_names()[:-1])
+    literal = ", ".join(map(str, keys))
+    query = (
+        f"SELECT ARRAY[{literal}][CAST(MOD({_number_of(key)}, {len(keys)}) AS INT) + 1] AS `shard`, "
+        f"ROW({columns}) AS `record`, `rowtime` FROM {rows}"
+    )
+    with table_uids(tables, f"{uid}-key"):
+        by = tables.to_data_stream(tables.sql_query(query))
+    # As plain rows: PyFlink's keyed operator takes no other type.
+    by._j_data_stream.getTransformation().setOutputType(_KEYED.get_java_type_info())
+    selector, key_type = get_gateway().jvm.KeyByKeySelector(), Types.ROW([Types.INT()]).get_java_type_info()
+    return KeyedStream(by._j_data_stream.keyBy(selector, key_type), _KEYED, by)
+
+
+def _number_of(field: str) -> str:
+    """SQL for what `shard_of` takes the remainder of: the first 32 bits of the SHA-256 of a JSON field."""
+    digest = f"SHA256(COALESCE(JSON_VALUE(CAST(`value` AS STRING), '$.{field}'), ''))"
+    digits = [f"POSITION(SUBSTRING({digest}, {i + 1}, 1) IN '123456789abcdef')" for i in range(8)]
+    return " + ".join(f"CAST({digit} AS BIGINT) * {16 ** (7 - i)}" for i, digit in enumerate(digits))
+
+
+class _Arrive(ProcessFunction):  # type: ignore[misc]
+    """An element to (shard, arrival bytes)."""
+
+    def __init__(self, key: KeySpec, takes: Any, shards: int, inbound: bool) -> None:
+        self._key, self._takes, self._shards, self._inbound = key, takes, shards, inbound
+
+    def open(self, runtime_context: RuntimeContext) -> None:
+        without_sampler()
+        self._keyer = Keyer(self._key, self._takes)
+
+    def process_element(self, value: Any, ctx: ProcessFunction.Context) -> Iterator[tuple[int, bytes]]:
+        arrival = (_inbound if self._inbound else _element)(value, ctx.timestamp())
+        by, arrival = self._keyer.arrive(arrival)
+        yield shard_of(by, self._shards), arrival.to_bytes()
+
+
+class _ShardKey:
+    """A shard's INT key. A class, so that it travels by reference to this module."""
+
+    def __init__(self, keys: list[int]) -> None:
+        self._keys = keys
+
+    def __call__(self, arrival: tuple[int, bytes]) -> int:
+        return self._keys[arrival[0]]
+
+
+def _stamp(timestamp: int | None) -> int | None:
+    """Without Flink's mark for a stream without times."""
+    return timestamp if timestamp is not None and timestamp >= 0 else None
+
+
+def _inbound(row: Any, timestamp: int | None) -> Arrival:
+    """A row of `INBOUND`'s fields, in their order."""
+    return Arrival(
+        kafka_key=row[0],
+        value=row[1],
+        headers=row[2] or {},
+        topic=row[3],
+        partition=row[4],
+        offset=row[5],
+        from_kafka=True,
+        timestamp=_stamp(timestamp),
+    )
+
+
+def _element(value: Any, timestamp: int | None) -> Arrival:
+    """An element of any stream; one that state cannot hold arrives as nothing, with the reason why."""
+    stamp = _stamp(timestamp)
+    try:
+        arrival = Arrival(element=_lower(value), timestamp=stamp)
+        arrival.to_bytes()
+    except (TypeError, RecursionError) as error:
+        return Arrival(key_error=f"the record cannot be kept: {error}"[:500], timestamp=stamp)
+    return arrival
+
+
+def _without_key(arrival: Arrival, reason: str) -> Arrival:
+    values = {name: getattr(arrival, name) for name in arrival.__struct_fields__}
+    return Arrival(**{**values, "key": None, "key_error": reason})
+
+
+def _lower(value: Any) -> Any:
+    """An element of any stream as JSON types: rows and tuples lose their class."""
+    if isinstance(value, Row):
+        return {name: _lower(item) for name, item in value.as_dict(True).items()}
+    if isinstance(value, dict):
+        return {str(name): _lower(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_lower(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str, bytes)) or codec.is_registered(value):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
