@@ -15,7 +15,7 @@ def test_sql_finds_the_shard_of_any_key(shards):
     env = environment.environment()
     tables = environment.tables(env)
     written = [json.dumps({"n": {"k": "no"}, "k": key}, ensure_ascii=escaped) for key in keys for escaped in (0, 1)]
-    rows = ", ".join("(%d, X'%s')" % (i, text.encode().hex()) for i, text in enumerate(written))
+    rows = ", ".join(f"({i}, X'{text.encode().hex()}')" for i, text in enumerate(written))
     query = f"SELECT i, MOD({_number_of('k')}, {shards}) FROM (VALUES {rows}) AS t(i, `value`)"
     with tables.execute_sql(query).collect() as results:
         found = dict(tuple(row) for row in results)
