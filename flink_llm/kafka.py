@@ -140,15 +140,7 @@ def sink(
         default = topics[0].replace("'", "''")
         selected += f", COALESCE(`topic`, '{default}')"
     name = _create(tables, uid, columns, options)
-    schema = (
-        Schema.new_builder()
-        .column("key", DataTypes.BYTES())
-        .column("value", DataTypes.BYTES())
-        .column("headers", DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES()))
-        .column("topic", DataTypes.STRING())
-        .column_by_metadata("$time", DataTypes.TIMESTAMP_LTZ(3), "rowtime")
-        .build()
-    )
+    schema = record_columns().column_by_metadata("$time", DataTypes.TIMESTAMP_LTZ(3), "rowtime").build()
     # The table edge refuses a record without a time: this marks such with one out of range.
     stamped = stream.assign_timestamps_and_watermarks(WatermarkStrategy.no_watermarks()).uid(f"{uid}_time")
     view = f"`{name}_rows`"
@@ -157,6 +149,13 @@ def sink(
     statements.add_insert_sql(f"INSERT INTO `{name}` SELECT {selected} FROM {view}")
     with table_uids(tables, uid):
         statements.attach_as_datastream()
+
+
+def record_columns() -> Schema.Builder:
+    """A table's columns for the fields of `OUTBOUND`, with which `INBOUND` begins too; more may follow."""
+    headers = DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES())
+    types = [DataTypes.BYTES(), DataTypes.BYTES(), headers, DataTypes.STRING()]
+    return Schema.new_builder().from_fields(OUTBOUND.get_field_names(), types)
 
 
 def _check_rows(stream: DataStream, uid: str) -> None:

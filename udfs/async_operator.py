@@ -131,7 +131,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         return sum(shard.in_flight for shard in self._shards.values())
 
     def process_element(self, value: Any, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        number, data = self._read(value, ctx.get_current_key(), ctx.timestamp())
+        number = self._numbers[ctx.get_current_key()]
+        data = self._read(value, number, ctx.timestamp())
         if number not in self._shards:
             yield from self._touch(number, ctx)
         yield from self._emit(self._shards[number].receive(data), ctx)

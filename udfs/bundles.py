@@ -1,6 +1,6 @@
 """What a bundle of PyFlink's costs, brought down: three things beyond PyFlink's API.
 
-A record passes two Python operators, and each waits for the end of a bundle (docs/adr/0012):
+A record leaves each Python operator on its way with the end of a bundle (docs/adr/0012):
 
 * A bundle's changes of state are written key by key, each a message whose answer is waited for. The
   messages bear their own key and are worked off in order, so all are sent before the first answer is

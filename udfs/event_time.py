@@ -9,9 +9,9 @@ effect in Java: PyFlink has no watermark generator of one's own, a table has one
 from pyflink.common import Types, WatermarkStrategy
 from pyflink.datastream import DataStream
 from pyflink.java_gateway import get_gateway
-from pyflink.table import DataTypes, Schema, StreamTableEnvironment
+from pyflink.table import DataTypes, StreamTableEnvironment
 
-from flink_llm.kafka import OUTBOUND, table_uids
+from flink_llm.kafka import OUTBOUND, record_columns, table_uids
 
 _STAMPED = Types.ROW_NAMED(
     [*OUTBOUND.get_field_names(), "low"],
@@ -45,11 +45,7 @@ def with_event_time(tables: StreamTableEnvironment, j_stream: object, uid: str) 
     stamped = stamped.uid(f"{uid}-time").name(f"{uid}: event time")
     rows = stamped.map(events.RemoveTimestampMapFunction(), _STAMPED.get_java_type_info())
     schema = (
-        Schema.new_builder()
-        .column("key", DataTypes.BYTES())
-        .column("value", DataTypes.BYTES())
-        .column("headers", DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES()))
-        .column("topic", DataTypes.STRING())
+        record_columns()
         .column("low", DataTypes.BIGINT())
         .column_by_metadata("time", DataTypes.TIMESTAMP_LTZ(3), "rowtime")
         .watermark("time", "TO_TIMESTAMP_LTZ(`low`, 3)")

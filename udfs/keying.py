@@ -9,17 +9,18 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 from pyflink.common import Row, Types
 from pyflink.datastream import DataStream, ProcessFunction
 from pyflink.datastream.data_stream import KeyedStream
 from pyflink.datastream.functions import RuntimeContext
 from pyflink.java_gateway import get_gateway
-from pyflink.table import DataTypes, Schema, StreamTableEnvironment
+from pyflink.table import DataTypes, StreamTableEnvironment
 
 from flink_llm import codec, environment
 from flink_llm.arrivals import Arrival, Keyer, KeySpec, shard_of
 from flink_llm.errors import ConfigError
-from flink_llm.kafka import INBOUND, table_uids
+from flink_llm.kafka import INBOUND, record_columns, table_uids
 from flink_llm.udfs.bundles import without_sampler
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
@@ -59,43 +60,40 @@ def shard_keys(shards: int, max_parallelism: int) -> list[int]:
 
 def keyed(stream: DataStream, key: KeySpec, takes: Any, keys: list[int], uid: str) -> tuple[KeyedStream, "Reader"]:
     """`stream` by the keys of its shards, and what the operator reads its elements with."""
-    inbound = is_inbound(stream)
+    inbound = _is_inbound(stream)
     if inbound and isinstance(key, str) and _PLAIN_FIELD.fullmatch(key) and len(keys) <= _MOST_IN_SQL:
-        return _keyed_in_java(stream, key, keys, uid), Reader(key, takes, keys)
+        return _keyed_in_java(stream, key, keys, uid), Reader(key, takes, len(keys))
     arrivals = stream.process(_Arrive(key, takes, len(keys), inbound), _ARRIVAL)
     arrivals = arrivals.name(f"{uid}: key").uid(f"{uid}-key")
     by_shard = arrivals.key_by(_ShardKey(keys), Types.INT())
     by_shard._j_data_stream.getTransformation().getInputs()[0].setUid(f"{uid}-shard")
-    return by_shard, Reader(None, takes, keys)
+    return by_shard, Reader(None, takes, len(keys))
 
 
 class Reader:
     """Reads what arrives at the operator, as `keyed` has sent it."""
 
-    def __init__(self, key: str | None, takes: Any, keys: list[int]) -> None:
-        self._key, self._takes, self._keys = key, takes, keys
+    def __init__(self, key: str | None, takes: Any, shards: int) -> None:
+        self._key, self._takes, self._shards = key, takes, shards
 
     def open(self) -> None:
         """In the worker, before the first element."""
-        self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._keyer = None if self._key is None else Keyer(self._key, self._takes)
 
-    def __call__(self, value: Any, key: int, timestamp: int | None) -> tuple[int, bytes]:
-        """(shard, arrival bytes) of an element of that Flink key."""
+    def __call__(self, value: Any, shard: int, timestamp: int | None) -> bytes:
+        """The arrival's bytes, of an element of that shard."""
         if self._keyer is None:
-            number, data = value
-            return number, data
-        number = self._numbers[key]
+            data: bytes = value[1]
+            return data
         by, arrival = self._keyer.arrive(_inbound(value, timestamp))
-        if arrival.key is not None and shard_of(by, len(self._keys)) != number:
+        if arrival.key is not None and shard_of(by, self._shards) != shard:
             # Java's JSON reader gave it up (nesting beyond 1,000): run here it would not meet its key's other records.
-            arrival = _without_key(
-                arrival, "the key of the record cannot be read by Flink: is the record nested too deeply?"
-            )
-        return number, arrival.to_bytes()
+            reason = "the key of the record cannot be read by Flink: is the record nested too deeply?"
+            arrival = msgspec.structs.replace(arrival, key=None, key_error=reason)
+        return arrival.to_bytes()
 
 
-def is_inbound(stream: DataStream) -> bool:
+def _is_inbound(stream: DataStream) -> bool:
     """Whether its elements are Kafka records as `flink_llm.kafka.source` reads them."""
     found = stream.get_type()
     found = getattr(found, "_type_info", found)  # a stream that came from a table wraps its type
@@ -105,11 +103,7 @@ def is_inbound(stream: DataStream) -> bool:
 def _keyed_in_java(stream: DataStream, key: str, keys: list[int], uid: str) -> KeyedStream:
     tables: StreamTableEnvironment = environment.tables(stream.get_execution_environment())
     schema = (
-        Schema.new_builder()
-        .column("key", DataTypes.BYTES())
-        .column("value", DataTypes.BYTES())
-        .column("headers", DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES()))
-        .column("topic", DataTypes.STRING())
+        record_columns()
         .column("partition", DataTypes.INT())
         .column("offset", DataTypes.BIGINT())
         .column("time", DataTypes.TIMESTAMP_LTZ(3))
@@ -133,8 +127,12 @@ def _keyed_in_java(stream: DataStream, key: str, keys: list[int], uid: str) -> K
 
 
 def _number_of(field: str) -> str:
-    """SQL for what `shard_of` takes the remainder of: the first 32 bits of the SHA-256 of a JSON field."""
-    digest = f"SHA256(COALESCE(JSON_VALUE(CAST(`value` AS STRING), '$.{field}'), ''))"
+    """SQL for what `shard_of` takes the remainder of: the first 32 bits of a SHA-256.
+
+    It is that of a JSON field, or of `Arrival.place` where there is none: broken records are spread.
+    """
+    place = "CONCAT(`topic`, '/', CAST(`partition` AS STRING), '/', CAST(`offset` AS STRING))"
+    digest = f"SHA256(COALESCE(JSON_VALUE(CAST(`value` AS STRING), '$.{field}'), {place}))"
     digits = [f"POSITION(SUBSTRING({digest}, {i + 1}, 1) IN '123456789abcdef')" for i in range(8)]
     return " + ".join(f"CAST({digit} AS BIGINT) * {16 ** (7 - i)}" for i, digit in enumerate(digits))
 
@@ -193,11 +191,6 @@ def _element(value: Any, timestamp: int | None) -> Arrival:
     except (TypeError, RecursionError) as error:
         return Arrival(key_error=f"the record cannot be kept: {error}"[:500], timestamp=stamp)
     return arrival
-
-
-def _without_key(arrival: Arrival, reason: str) -> Arrival:
-    values = {name: getattr(arrival, name) for name in arrival.__struct_fields__}
-    return Arrival(**{**values, "key": None, "key_error": reason})
 
 
 def _lower(value: Any) -> Any:
