@@ -96,7 +96,7 @@ class Pipeline:
         file.write_bytes(msgspec.json.encode(self.settings))
         command = [sys.executable, "-m", "benchmarks.pipeline", str(file)]
         root = str(Path(__file__).parents[1])
-        environ = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
+        environ = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1", "FLINK_LOG_DIR": str(self.folder)}
         self._started = processes.start(command, self.log, environ)
         return self
 

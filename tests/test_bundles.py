@@ -1,10 +1,14 @@
-"""Writes to Flink's state are sent together and waited for together."""
+"""Writes to Flink's state are sent together; what a bundle puts out is in its answer."""
 
+import queue
 import threading
+from types import SimpleNamespace
 
 import pytest
+from apache_beam.portability.api import beam_fn_api_pb2
 
 from flink_llm.errors import FlinkLlmError
+from flink_llm.udfs import bundles
 from flink_llm.udfs.bundles import KeyedState
 
 
@@ -116,3 +120,51 @@ def test_reads_go_through_and_the_key_can_be_changed():
 def test_another_pyflink_is_named():
     with pytest.raises(FlinkLlmError, match=r"use apache-flink 2\.3"):
         KeyedState(type("Context", (), {"_keyed_state_backend": object()})())
+
+
+Data, Timers = beam_fn_api_pb2.Elements.Data, beam_fn_api_pb2.Elements.Timers
+
+
+@pytest.fixture
+def channel():
+    return SimpleNamespace(_to_send=queue.Queue())
+
+
+def run(channel, monkeypatch, outputs, *, fails=False):
+    """The answer of bundle "b" of a worker with this channel, whose operators put out `outputs`."""
+
+    def process(worker, request, instruction_id):
+        for item in outputs:
+            channel._to_send.put(item)
+        if fails:
+            raise ValueError("the bundle fails")
+        return beam_fn_api_pb2.InstructionResponse(process_bundle=beam_fn_api_pb2.ProcessBundleResponse())
+
+    monkeypatch.setattr(bundles, "_plain_process_bundle", process)
+    factory = SimpleNamespace(_data_channel_cache={"url": channel})
+    worker = SimpleNamespace(bundle_processor_cache=SimpleNamespace(data_channel_factory=factory))
+    return bundles._process_bundle(worker, None, "b")
+
+
+def test_what_a_bundle_puts_out_is_in_its_answer(channel, monkeypatch):
+    data = [Data(instruction_id="b", data=b"1"), Data(instruction_id="b", is_last=True)]
+    timers = [Timers(instruction_id="b", timers=b"2")]
+    for _ in range(2):  # the outbox is put in place once
+        answer = run(channel, monkeypatch, [data[0], timers[0], data[1]])
+        assert list(answer.process_bundle.elements.data) == data
+        assert list(answer.process_bundle.elements.timers) == timers
+    assert channel._to_send.empty()
+
+
+def test_another_bundle_and_the_end_of_the_channel_go_the_old_way(channel, monkeypatch):
+    others = [Data(instruction_id="other", data=b"1"), Data()]
+    answer = run(channel, monkeypatch, others)
+    assert not answer.process_bundle.HasField("elements")
+    assert [channel._to_send.get_nowait() for _ in others] == others
+
+
+def test_a_bundle_that_fails_leaves_nothing_behind(channel, monkeypatch):
+    with pytest.raises(ValueError, match="the bundle fails"):
+        run(channel, monkeypatch, [Data(instruction_id="b", data=b"1")], fails=True)
+    assert channel._to_send.empty()
+    assert not run(channel, monkeypatch, []).process_bundle.HasField("elements")

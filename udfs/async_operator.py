@@ -27,7 +27,7 @@ from flink_llm.kept import Kept
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard
-from flink_llm.udfs.bundles import KeyedState, without_sampler
+from flink_llm.udfs.bundles import KeyedState, lean_bundles
 from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
 from flink_llm.udfs.keying import Reader, keyed, shard_keys
 
@@ -107,7 +107,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._read = read
 
     def open(self, runtime_context: RuntimeContext) -> None:
-        without_sampler()
+        lean_bundles()
         self._read.open()
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._shards: dict[int, Shard] = {}

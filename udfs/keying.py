@@ -21,7 +21,7 @@ from flink_llm import codec, environment
 from flink_llm.arrivals import Arrival, Keyer, KeySpec, shard_of
 from flink_llm.errors import ConfigError
 from flink_llm.kafka import INBOUND, record_columns, table_uids
-from flink_llm.udfs.bundles import without_sampler
+from flink_llm.udfs.bundles import lean_bundles
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
 _ARRIVAL = Types.TUPLE([Types.INT(), _BYTES])
@@ -144,7 +144,7 @@ class _Arrive(ProcessFunction):  # type: ignore[misc]
         self._key, self._takes, self._shards, self._inbound = key, takes, shards, inbound
 
     def open(self, runtime_context: RuntimeContext) -> None:
-        without_sampler()
+        lean_bundles()
         self._keyer = Keyer(self._key, self._takes)
 
     def process_element(self, value: Any, ctx: ProcessFunction.Context) -> Iterator[tuple[int, bytes]]:
