@@ -76,3 +76,18 @@ def test_a_second_demo_of_a_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "demo_model", lambda: tmp_path)
     with demo.FileLock(tmp_path / "demo.lock"), pytest.raises(LocalError, match=r"^a demo runs in .* already"):
         demo.Demo(tmp_path, 1).run()
+
+
+@pytest.mark.parametrize("streamed", [["Order 7 ", "is packed."], ["Order 7 "], [], ["Else"]])
+def test_a_reply_is_whole_though_it_overtakes_its_tokens(tmp_path, monkeypatch, capsys, streamed):
+    talk = demo.Demo(tmp_path, 1)
+    monkeypatch.setattr(talk, "_console", demo.Console(width=200))
+    monkeypatch.setattr(talk._console, "input", lambda _: questions.pop())
+    monkeypatch.setattr(talk, "_send", lambda *_: "7")
+    talk._producer = type("Producer", (), {"flush": lambda self: None})()
+    arrived = [("chat.tokens", {"request_id": "7", "text": text}) for text in streamed]
+    arrived.append(("chat.responses", {"request_id": "7", "text": "Order 7 is packed."}))
+    monkeypatch.setattr(talk, "_outcomes", lambda _: iter(arrived))
+    questions = ["", "Where is order 7?"]
+    talk._converse()
+    assert "Order 7 is packed." in capsys.readouterr().out.splitlines()

@@ -36,7 +36,7 @@ QUESTIONS = (
     "How do I return order {order}?",
     "What can you recommend?",
     "Which loyalty tier am I in?",
-    "Where is my order 9999999?",
+    "Where is my order 999999?",
 )
 
 
@@ -316,14 +316,21 @@ class Demo:
         while question := self._console.input("[bold]> [/]").strip():
             wanted = self._send(question, "user-1", session)
             self._producer.flush()
+            streamed = ""
             for topic, value in self._outcomes(60):
                 if value["request_id"] != wanted:
                     continue
                 if topic == "chat.tokens":
-                    self._console.print(value["text"], end="", highlight=False)
-                else:
-                    self._console.print("" if topic == "chat.responses" else f"{value['code']}: {value['message']}")
-                    break
+                    streamed += value["text"]
+                    self._console.print(value["text"], end="", highlight=False, markup=False)
+                    continue
+                if topic == "chat.failures":
+                    rest = f"{value['code']}: {value['message']}"
+                else:  # the reply may overtake its last tokens, which are another topic
+                    whole = value["text"]
+                    rest = whole[len(streamed) :] if whole.startswith(streamed) else f"\n{whole}"
+                self._console.print(rest, highlight=False, markup=False)
+                break
 
 
 def _quantile(values: list[float], share: float) -> float:
