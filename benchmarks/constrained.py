@@ -21,7 +21,8 @@ from flink_llm.engine.generation import Generation, Model
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import WorkTable
 
-SEED, MAX_TOKENS = 11, 200
+SEED, MAX_TOKENS = 11, 400
+"""The longest of the schemas needs 240 tokens of this tokenizer, whatever is said in it."""
 LEAVES: tuple[dict[str, Any], ...] = (
     {"type": "string"},
     {"type": "string", "maxLength": 12},
