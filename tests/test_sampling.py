@@ -17,6 +17,7 @@ OPTIONS = st.builds(
     temperature=st.sampled_from([1e-310, 0.01, 0.5, 1.0, 2.0]),
     top_k=st.sampled_from([0, 1, 3, 40, 3000]),
     top_p=st.sampled_from([1.0, 0.999, 0.9, 0.3, 1e-9]),
+    min_p=st.sampled_from([0.0, 0.01, 0.4, 1.0]),
     seed=st.integers(0, 2**53 - 1),
 )
 
@@ -38,6 +39,7 @@ def defined(row: Any, option: Options, position: int) -> int:
     if option.top_p < 1:
         mass = np.cumsum(shares[order])
         order = order[: int(np.searchsorted(mass, option.top_p * mass[-1])) + 1]
+    order = order[shares[order] >= option.min_p]
     mass = np.cumsum(np.where(np.isin(np.arange(row.size), order), shares, 0))
     return int(np.searchsorted(mass, uniform(option.seed, position) * mass[-1], "right"))
 
@@ -80,8 +82,9 @@ def test_a_temperature_near_nothing_is_greedy() -> None:
         Options(temperature=1.0),
         Options(temperature=0.8, top_p=0.9),
         Options(temperature=1.0, top_k=50, top_p=0.9),
+        Options(temperature=1.0, min_p=0.1),
     ],
-    ids=["greedy", "temperature", "top p", "top k"],
+    ids=["greedy", "temperature", "top p", "top k", "min p"],
 )
 def test_a_step_makes_nothing_of_the_logits_size(option: Options) -> None:
     batch = np.stack([logits(49152, row, 3.0) for row in range(4)])

@@ -85,6 +85,11 @@ class Decoder:
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
         """Reads `tokens` at position `start` of a slot; logits [vocabulary] after the last of them."""
+        last: NDArray[np.floating[Any]] = self.read(slot, tokens, start)[-1]
+        return last
+
+    def read(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
+        """As `prefill`; logits [tokens, vocabulary] after each of them."""
         if start == 0:
             self._cache.forget(slot)
         self._cache.use([slot])
@@ -99,8 +104,12 @@ class Decoder:
         _bind_output(binding, "logits", logits)
         self._session.run_with_iobinding(binding)
         self._lengths[slot] = start + count
-        last: NDArray[np.floating[Any]] = logits[0, -1]
-        return last
+        every: NDArray[np.floating[Any]] = logits[0]
+        return every
+
+    def cut(self, slot: int, length: int) -> None:
+        """Only the first `length` tokens that were read into a slot are to be held."""
+        self._lengths[slot] = length
 
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> NDArray[np.floating[Any]]:
         """Reads one token in each of `slots`; logits [any, vocabulary] by slot, valid until the next call."""

@@ -1,13 +1,19 @@
 """A decoder at work: prompts and tokens of many generations, step by step."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.grammar import Grammar, Grammars, definition
 from flink_llm.engine.job import Job, Said
+from flink_llm.engine.lookup import GUESS, Costs, Lookup, Payoff
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.options import check
+from flink_llm.engine.penalties import check_tokens
 from flink_llm.engine.prompts import Prompts
 from flink_llm.engine.protocol import Options, Submit
 from flink_llm.engine.sampling import sample
@@ -28,6 +34,8 @@ SMOOTH = 0.2
 class _Generation:
     job: Job
     sequence: Sequence
+    lookup: Lookup | None = None
+    payoff: Payoff = field(default_factory=Payoff)
 
 
 class Decoding:
@@ -49,6 +57,7 @@ class Decoding:
         self._scheduler = self._new_scheduler()
         self._step_s = self._prompt_token_s = 0.0
         self._decodes = False
+        self._costs = Costs()
         self._entries: dict[int, Entry[_Generation]] = {}
 
     def _new_scheduler(self) -> Scheduler[_Generation]:
@@ -57,6 +66,7 @@ class Decoding:
     def add(self, job: Job) -> None:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
         check(job.work.options)
+        check_tokens(job.work.options.logit_bias, self._decoder.vocabulary)
         prompt = self._prompt(job.work)
         grammar = self._grammar(job.work.options, len(prompt))
         sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
@@ -76,7 +86,7 @@ class Decoding:
             self._prefill(*plan.prefill, said)
         self._decodes = bool(plan.decode)
         if plan.decode:
-            self._decode(plan.decode, said)
+            self._go_on(plan.decode, said)
         return bool(plan.prefill or plan.decode)
 
     def _chunk(self) -> int:
@@ -129,8 +139,58 @@ class Decoding:
         self._scheduler.advance(entry, count)
         self._prompt_token_s = _smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
         if not entry.left:
-            sequence.restrict(logits)
-            self._take(entry, sample(logits[None], [0], [sequence.options], [0])[0], said)
+            self._next(entry, logits, said)
+
+    def _go_on(self, entries: list[Entry[_Generation]], said: Said) -> None:
+        """The next token of everybody, and the next few of those whose text can be guessed."""
+        plain = []
+        for entry in entries:
+            guess = self._guess(entry, len(entries))
+            if guess:
+                self._verify(entry, guess, len(entries), said)
+            else:
+                plain.append(entry)
+        if plain:
+            self._decode(plain, said)
+
+    def _guess(self, entry: Entry[_Generation], size: int) -> list[int]:
+        one, sequence = entry.item, entry.item.sequence
+        if not self._settings.speculation or not self._costs.allow(size, GUESS):
+            return []
+        if one.lookup is None:
+            one.lookup = Lookup([*sequence.prompt, *sequence.tokens])
+        if not one.payoff.worth_it():
+            return []
+        room = min(sequence.options.max_tokens, self._context - len(sequence.prompt)) - sequence.count - 1
+        guess = one.lookup.guess(min(GUESS, room)) if room > 0 else []
+        return guess if self._costs.allow(size, len(guess)) else []
+
+    def _verify(self, entry: Entry[_Generation], guess: list[int], size: int, said: Said) -> None:
+        """Reads a guess in one run, and takes of it what the model would have said one by one."""
+        one, sequence, slot = entry.item, entry.item.sequence, _slot(entry)
+        read = [sequence.last, *guess]
+        start = len(sequence.prompt) + sequence.count - 1
+        began = time.monotonic()
+        try:
+            logits = self._decoder.read(slot, read, start)
+        except Exception as error:
+            return self._fail(entry, error, said)
+        cost = self._costs.run(size, time.monotonic() - began)
+        right = 0
+        for row, token, guessed in zip(logits, read, [*guess, None], strict=True):
+            self._scheduler.decoded(entry, token)
+            self._next(entry, row, said)
+            if entry.gone or sequence.last != guessed:
+                break
+            right += 1
+        self._decoder.cut(slot, start + right + 1)
+        one.payoff.record(right, cost)
+
+    def _next(self, entry: Entry[_Generation], logits: NDArray[np.floating[Any]], said: Said) -> None:
+        """The next token of one, from its logits [vocabulary]."""
+        sequence = entry.item.sequence
+        sequence.weigh(logits)
+        self._take(entry, sample(logits[None], [0], [sequence.options], [sequence.count])[0], said)
 
     def _decode(self, entries: list[Entry[_Generation]], said: Said) -> None:
         slots = [_slot(entry) for entry in entries]
@@ -145,10 +205,12 @@ class Decoding:
             for entry in entries:  # one by one shows whose fault it was
                 self._decode([entry], said)
             return
-        self._step_s = _smoothed(self._step_s, time.monotonic() - began)
+        took = time.monotonic() - began
+        self._step_s = _smoothed(self._step_s, took)
+        self._costs.step(len(entries), took)
         for entry, slot, token, sequence in zip(entries, slots, last, sequences, strict=True):
             self._scheduler.decoded(entry, token)
-            sequence.restrict(logits[slot])
+            sequence.weigh(logits[slot])
         options = [sequence.options for sequence in sequences]
         tokens = sample(logits, slots, options, [sequence.count for sequence in sequences])
         for entry, chosen in zip(entries, tokens, strict=True):
@@ -162,6 +224,8 @@ class Decoding:
             text = sequence.take(token, self._context)
         except BaseException as error:  # a panic of the tokenizer is no Exception
             return self._fail(entry, error, said)
+        if entry.item.lookup is not None:
+            entry.item.lookup.add(sequence.last)
         if text is not None:
             job.say(text, said)
         if sequence.finish is not None:

@@ -22,6 +22,7 @@ from flink_llm.engine.protocol import (
     Fault,
     FinishReason,
     Loaded,
+    Logprob,
     Submit,
     Tokens,
 )
@@ -191,7 +192,7 @@ class Generation(AsyncIterator[TokenRecord]):
     """A reply: iterate it for its `TokenRecord`s, or await it for the whole; it runs once.
 
     It starts at the first of these, goes on where a reader left it, and once ended yields nothing more.
-    After its end: `text`, `finish_reason`, `usage`, `timings`, `generation_id`, `message` (the
+    After its end: `text`, `finish_reason`, `usage`, `timings`, `logprobs`, `generation_id`, `message` (the
     assistant's turn) and `response` (a `ChatResponse`); before it they hold what there is, with
     `finish_reason` "cancelled".
     """
@@ -210,6 +211,7 @@ class Generation(AsyncIterator[TokenRecord]):
         self.finish_reason: FinishReason = "cancelled"
         self.usage = Usage()
         self.timings = Timings()
+        self.logprobs: list[Logprob] = []
         self.feature_age_s: float | None = None
 
     @property
@@ -322,6 +324,7 @@ class Generation(AsyncIterator[TokenRecord]):
         self.timings = Timings(
             queue_ms=event.queue_ms, first_token_ms=event.first_token_ms, per_token_ms=event.per_token_ms
         )
+        self.logprobs = event.logprobs
         self._leave()
 
     async def _whole(self) -> Self:

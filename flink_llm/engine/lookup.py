@@ -13,6 +13,7 @@ GUESS = 12
 """Tokens of one guess at most."""
 TRIAL, PAUSE = 3, 32
 """After so many guesses in a row that did not pay, how many tokens go by without one."""
+SMOOTH = 0.2
 
 
 class Lookup:
@@ -66,3 +67,31 @@ class Payoff:
         self._losses += 1
         if self._losses >= TRIAL:
             self._losses, self._pause = TRIAL - 1, PAUSE
+
+
+class Costs:
+    """What steps and guesses' runs have been taking, in seconds, smoothed."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, float] = {}
+        self._run = 0.0
+
+    def step(self, size: int, seconds: float) -> None:
+        """A plain step of `size` texts."""
+        self._steps[size] = _smoothed(self._steps.get(size, 0.0), seconds)
+
+    def run(self, size: int, seconds: float) -> float:
+        """A guess's run while `size` texts decoded; how many tokens plain steps would have made meanwhile."""
+        self._run = _smoothed(self._run, seconds)
+        return self._tokens(size, seconds)
+
+    def allow(self, size: int, guessed: int) -> bool:
+        """Whether a guess of so many tokens can pay if it is right, as far as is known."""
+        return size in self._steps and guessed + 1 > self._tokens(size, self._run)
+
+    def _tokens(self, size: int, seconds: float) -> float:
+        return seconds * size / self._steps[size] if self._steps.get(size) else 0.0
+
+
+def _smoothed(before: float, now: float) -> float:
+    return now if before == 0 else before + SMOOTH * (now - before)

@@ -13,6 +13,8 @@ from flink_llm.errors import RecordError
 
 LONGEST = 65_536
 """Characters of a schema or a regular expression, and how many choices there may be."""
+BIASED = 1024
+"""How many tokens a bias may name."""
 SEED_BITS = 53
 """Bits of a seed: what a JSON number holds exactly."""
 
@@ -25,6 +27,12 @@ class Choices(TypedDict, total=False):
     the reply ends before any of the strings `stop`. One of `json_schema`, `regex` and `choices` constrains
     it: it is then JSON that fits, text that matches as a whole, or one of the choices, and ends within
     `max_tokens`, whatever the model would like to say.
+
+    `min_p` leaves in what is at least so likely as that share of the likeliest token. `repetition_penalty`
+    1, `presence_penalty` and `frequency_penalty` 0 (-2 to 2) change nothing; the first looks at prompt and
+    reply, the others at the reply. `logit_bias` is added to the logits of token ids, -100 to 100.
+    `logprobs` reports the log-probability of each token, and of so many of the likeliest in its place, 20
+    at most.
     """
 
     max_tokens: int | None
@@ -36,6 +44,12 @@ class Choices(TypedDict, total=False):
     json_schema: Mapping[str, Any] | str | None
     regex: str | None
     choices: Sequence[str] | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: int | None
 
 
 class _Ranges(Struct, forbid_unknown_fields=True):
@@ -48,6 +62,14 @@ class _Ranges(Struct, forbid_unknown_fields=True):
     json_schema: Annotated[str, Meta(max_length=LONGEST)]
     regex: Annotated[str, Meta(max_length=LONGEST)]
     choices: Annotated[list[Annotated[str, Meta(min_length=1, max_length=LONGEST)]], Meta(max_length=LONGEST)]
+    min_p: Annotated[float, Meta(ge=0, le=1)]
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)]
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)]
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)]
+    logit_bias: Annotated[
+        dict[Annotated[int, Meta(ge=0)], Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=BIASED)
+    ]
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None
 
 
 _DEFAULTS = msgspec.structs.asdict(Options())

@@ -30,7 +30,8 @@ class Options(Struct, frozen=True, kw_only=True):
     """How to generate. `temperature` 0 is greedy; `seed` decides every draw; `stop` are strings.
 
     At most one of `json_schema` (JSON text), `regex` and `choices` says what the text must be; empty says
-    nothing.
+    nothing. `logit_bias` is by token id. `logprobs` tokens of each position are reported with their
+    log-probabilities beside the chosen one; None reports none.
     """
 
     max_tokens: int = 256
@@ -42,6 +43,12 @@ class Options(Struct, frozen=True, kw_only=True):
     json_schema: str = ""
     regex: str = ""
     choices: list[str] = []
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
 
 
 class Hello(Struct, frozen=True, tag="hello", kw_only=True):
@@ -126,11 +133,23 @@ class Tokens(Struct, frozen=True, tag="tokens", kw_only=True):
     text: str
 
 
+class Logprob(Struct, frozen=True, kw_only=True):
+    """A token, its text, and the natural logarithm of the probability that the model gave it.
+
+    `top` are the likeliest of its place, falling; theirs is empty.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    top: list["Logprob"] = []
+
+
 class Done(Struct, frozen=True, tag="done", kw_only=True):
     """The end of a piece of work.
 
-    A generation: `text` whole, `finish`, token counts, milliseconds. An embedding: `vector` as
-    little-endian float32. A classification: `scores` in the order of the model's labels.
+    A generation: `text` whole, `finish`, token counts, milliseconds, `logprobs` where asked for. An
+    embedding: `vector` as little-endian float32. A classification: `scores` in the order of the model's labels.
     """
 
     call: int
@@ -144,6 +163,7 @@ class Done(Struct, frozen=True, tag="done", kw_only=True):
     per_token_ms: float = 0.0
     vector: bytes = b""
     scores: list[float] = []
+    logprobs: list[Logprob] = []
 
 
 class Fault(Struct, frozen=True, tag="fault", kw_only=True):

@@ -2,7 +2,8 @@
 
 A vocabulary is worked through in blocks, so that nothing of the logits' size is ever made. Top-k narrows
 the row first; what top-p leaves of it is told by a bound, the last candidate in the order of falling scores
-(equal ones by rising number). The draw is an inverse transform over the candidates' rising numbers.
+(equal ones by rising number); min-p (Nguyen et al. 2024) then drops whoever is too far below the best. The
+draw is an inverse transform over the candidates' rising numbers.
 """
 
 import logging
@@ -54,9 +55,9 @@ def _choose(row: Logits, option: Options, position: int) -> int | None:
 
 
 def _draw(row: Logits, option: Options, position: int) -> int:
-    """One draw after temperature, top-k and top-p."""
+    """One draw after temperature, top-k, top-p and min-p."""
     if 0 < option.top_k < row.size:
-        tokens = _largest(row, option.top_k)
+        tokens = largest(row, option.top_k)
         return int(tokens[_drawn(row[tokens], option, position)])
     return _drawn(row, option, position)
 
@@ -64,6 +65,7 @@ def _draw(row: Logits, option: Options, position: int) -> int:
 def _drawn(row: Logits, option: Options, position: int) -> int:
     best = float(row.max())
     bound: _Bound | None = None
+    least = 0.0
 
     def shares(start: int) -> Block:
         """Of a block, relative to the best token's; 0 for those that are no candidates."""
@@ -72,11 +74,14 @@ def _drawn(row: Logits, option: Options, position: int) -> int:
             found: Block = np.exp((scores - best) / option.temperature)
         if bound is not None:
             found[_beyond(scores, start, bound)] = 0.0
+        found[found < least] = 0.0
         return found
 
     sums = np.array([shares(start).sum() for start in _starts(row)])
     if option.top_p < 1:
         bound = _bound(row, best, shares, option.top_p * float(sums.sum()))
+    if option.top_p < 1 or option.min_p:
+        least = option.min_p
         sums = np.array([shares(start).sum() for start in _starts(row)])
     block, rest = _fall(sums, uniform(option.seed, position) * float(sums.sum()))
     token, _ = _fall(shares(block * BLOCK), rest)
@@ -91,7 +96,7 @@ def _block(row: Logits, start: int) -> Block:
     return row[start : start + BLOCK].astype(np.float64)
 
 
-def _largest(row: Logits, count: int) -> NDArray[np.int64]:
+def largest(row: Logits, count: int) -> NDArray[np.int64]:
     """Numbers of the `count` largest, rising; of equal ones the first are taken."""
     tokens, scores = np.empty(0, np.int64), np.empty(0, row.dtype)
     for start in _starts(row):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flink_llm.engine.logprobs import Logprobs
+from flink_llm.engine.penalties import penalties
 from flink_llm.engine.protocol import Done, FinishReason, Options, Tokens
 from flink_llm.engine.tokenizer import Detokenizer, Tokenizer
 
@@ -28,19 +30,34 @@ class Sequence:
         self.prompt = prompt
         self.options = options
         self.generation = generation
-        self.count = 0
-        self.last = prompt[-1]
+        self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self._detokenizer = Detokenizer(tokenizer)
         self._ends = ends
         self._grammar = grammar
+        self._penalties = penalties(options, prompt)
+        self._logprobs = Logprobs(options.logprobs, tokenizer.decode) if options.logprobs is not None else None
         self._held = ""
         self._said: list[str] = []
         self._pieces = 0
         self.arrived = self.began = self.first = self.latest = time.monotonic()
 
-    def restrict(self, logits: NDArray[np.floating[Any]]) -> None:
-        """Leaves in [vocabulary] what the text's grammar allows next."""
+    @property
+    def count(self) -> int:
+        """Tokens of the reply so far."""
+        return len(self.tokens)
+
+    @property
+    def last(self) -> int:
+        """The latest token, the prompt's before there is one of the reply."""
+        return self.tokens[-1] if self.tokens else self.prompt[-1]
+
+    def weigh(self, logits: NDArray[np.floating[Any]]) -> None:
+        """Changes [vocabulary] by the reply's penalties, and leaves in it what its grammar allows next."""
+        if self._logprobs is not None:
+            self._logprobs.look(logits)
+        if self._penalties is not None:
+            self._penalties.apply(logits)
         if self._grammar is not None:
             logits[~self._grammar.allowed()] = -np.inf
 
@@ -48,10 +65,13 @@ class Sequence:
         """The next token; gives the text that it makes certain. `limit` is the context's length."""
         if self._grammar is not None:
             token = self._grammar.take(token)
+        if self._logprobs is not None:
+            self._logprobs.take(token, self._penalties.before(token) if self._penalties is not None else None)
+        if self._penalties is not None:
+            self._penalties.add(token)
         self.latest = time.monotonic()
-        self.first = self.latest if self.count == 0 else self.first
-        self.count += 1
-        self.last = token
+        self.first = self.first if self.tokens else self.latest
+        self.tokens.append(token)
         if token in self._ends:
             return self._end("stop")
         self._held += self._detokenizer.add(token)
@@ -76,6 +96,7 @@ class Sequence:
             queue_ms=(self.began - self.arrived) * 1000,
             first_token_ms=(self.first - self.arrived) * 1000 if self.count else 0.0,
             per_token_ms=(self.latest - self.first) * 1000 / further if self.count else 0.0,
+            logprobs=self._logprobs.found if self._logprobs is not None else [],
         )
 
     def _end(self, finish: FinishReason) -> Tokens | None:

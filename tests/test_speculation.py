@@ -1,0 +1,88 @@
+"""Speculation: what is guessed from the text changes how fast a reply comes, never what it says."""
+
+import asyncio
+
+import pytest
+
+from flink_llm.engine.engine import OnnxBackend
+from flink_llm.engine.export import export_decoder
+from flink_llm.engine.generation import Model
+from flink_llm.engine.lookup import Costs, Payoff
+from flink_llm.engine.settings import HostSettings
+from flink_llm.engine.work import WorkTable
+from tests import tiny
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "boolean"}}}, "required": ["a"]}
+OPTIONS = [
+    {"regex": "[a-z]{3}[a-z ,]{90}", "max_tokens": 100},
+    {},
+    {"max_tokens": 3},
+    {"max_tokens": 2000},
+    {"temperature": 0.3, "seed": 3},
+    {"temperature": 1.0, "top_p": 0.8, "min_p": 0.05, "seed": 4},
+    {"repetition_penalty": 1.05, "presence_penalty": 0.1},
+    {"frequency_penalty": 0.02, "logprobs": 2},
+    {"json_schema": SCHEMA, "max_tokens": 120},
+    {"stop": ["\n", "e"]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    source = tiny.llama(tmp_path_factory.mktemp("source") / "llama")
+    to = tmp_path_factory.mktemp("models") / "tiny"
+    export_decoder(source, to, name="tiny", precision="fp32")
+    return to
+
+
+def replies(folder, *, speculation, together):
+    async def run():
+        settings = HostSettings(device="cpu", slots=4, threads=1, speculation=speculation)
+        table = WorkTable(OnnxBackend(settings))
+        model = Model(table, "tiny", str(folder))
+        await model.load()
+        prompts = ["so it goes, " * 5 + str(i) for i in range(len(OPTIONS))]
+        asked = [model.generate(p, **{"max_tokens": 60} | o) for p, o in zip(prompts, OPTIONS, strict=True)]
+        done = await asyncio.gather(*asked) if together else [await one for one in asked]
+        done.append(await model.generate(prompts[0] + done[0].text, max_tokens=30))  # which the cache holds already
+        await table.close()
+        return [(one.text, one.finish_reason, one.usage.completion_tokens, one.logprobs) for one in done]
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Guesses whenever there is something to guess; how many tokens of each guess were right."""
+    right = []
+    monkeypatch.setattr(Payoff, "worth_it", lambda self: True)
+    monkeypatch.setattr(Payoff, "record", lambda self, accepted, cost: right.append(accepted))
+    monkeypatch.setattr(Costs, "allow", lambda self, size, guessed: True)
+    return right
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_guesses_change_no_reply(folder, always, together):
+    guessed = replies(folder, speculation=True, together=together)
+    assert sum(always) > 20, "hardly any guess was right: nothing was tried"
+    assert 0 in always, "no guess was wrong: nothing was tried"
+    right = len(always)
+    plain = replies(folder, speculation=False, together=together)
+    assert len(always) == right, "guessed though it was turned off"
+    assert [one[:3] for one in guessed] == [one[:3] for one in plain]
+    for one, other in zip(guessed, plain, strict=True):
+        assert [token.id for token in one[3]] == [token.id for token in other[3]]
+        assert [token.logprob for token in one[3]] == pytest.approx([token.logprob for token in other[3]], abs=1e-3)
+
+
+def test_costs_are_told_in_tokens_of_plain_steps():
+    costs = Costs()
+    assert not costs.allow(1, 12), "nothing is known of a step yet"
+    costs.step(1, 0.010)
+    assert costs.allow(1, 1), "nothing is known of a run yet: try"
+    assert costs.run(1, 0.030) == pytest.approx(3)
+    assert costs.allow(1, 3)
+    assert not costs.allow(1, 2), "two guessed and one more are what three steps bring"
+    costs.step(8, 0.020)
+    assert not costs.allow(8, 11), "eight texts make twelve tokens in the time of a run"
+    assert costs.allow(8, 12)
