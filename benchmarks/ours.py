@@ -15,12 +15,16 @@ from flink_llm.engine.settings import HostSettings
 
 
 class Ours:
-    """One model folder in the engine. `engine` is "embedded" or "host". Use as a context manager."""
+    """One model folder in the engine. `engine` is "embedded" or "host". Use as a context manager.
 
-    def __init__(self, folder: Path, engine: str = "embedded", *, slots: int = 16) -> None:
+    Without speculation where peers are compared: random weights repeat themselves, which would flatter us.
+    """
+
+    def __init__(self, folder: Path, engine: str = "embedded", *, slots: int = 16, speculation: bool = False) -> None:
         self._sockets = tempfile.TemporaryDirectory(prefix="flink-llm-")
         self._settings = HostSettings(
             engine=engine, device="cpu", threads=CORES, slots=slots, linger_s=2.0, socket_dir=self._sockets.name,
+            speculation=speculation,
         )  # type: ignore[arg-type]  # fmt: skip
         self._folder = folder
         self._runner = asyncio.Runner()

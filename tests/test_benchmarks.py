@@ -10,7 +10,7 @@ from benchmarks import decoder, encoder, host_memory, machine, shapes
 from benchmarks.peers import flags
 from tests import tiny
 
-SIZE = decoder.Size(rounds=1, mixed=16, static=(8, 8), one=(8, 8))
+SIZE = decoder.Size(rounds=1, mixed=16, static=(8, 8), one=(8, 8), dialogues=8)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,8 @@ def test_decoder(root, folder, monkeypatch):
     assert found["x_bare_16"] > 0
     assert found["host_cost"] < 1
     assert found["x_genai_16"] is None
+    assert found["x_speculation"] > 0
+    assert found["speculation_quoted"] > 0.5
     assert found["missing"] == {"peers": "left out"}
     assert set(found["rates"]["one"]) == {"ours fp32"}
 

@@ -7,6 +7,8 @@ one longer run; whether that pays is measured as it goes, and where it does not,
 
 from collections.abc import Sequence
 
+import numpy as np
+
 LONGEST, SHORTEST = 4, 2
 """Tokens that must agree for a guess, tried from the longest."""
 GUESS = 12
@@ -14,32 +16,42 @@ GUESS = 12
 TRIAL, PAUSE = 3, 32
 """After so many guesses in a row that did not pay, how many tokens go by without one."""
 SMOOTH = 0.2
+REACH = 16_384
+"""Tokens of a prompt that are searched, its last."""
+WIDTH = 4
+"""Bytes of a token."""
 
 
 class Lookup:
-    """The tokens of one text, and where each short run of them stood last."""
+    """The tokens of one text, searched as bytes: a search backwards is cheaper than keeping an index."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens: list[int] = []
-        self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(LONGEST + 1)]
-        for token in tokens:
-            self.add(token)
+        self._text = bytearray(np.asarray(tokens[-REACH:], "<u4").tobytes())
 
     def add(self, token: int) -> None:
         """The text goes on."""
-        at = len(self._tokens)
-        for size in range(SHORTEST, LONGEST + 1):  # the run that ends before `token` is known from now on
-            if at >= size:
-                self._ends[size][tuple(self._tokens[at - size :])] = at
-        self._tokens.append(token)
+        self._text += token.to_bytes(WIDTH, "little")
 
     def guess(self, limit: int = GUESS) -> list[int]:
         """What may come next, at most `limit` tokens; empty where nothing is known."""
         for size in range(LONGEST, SHORTEST - 1, -1):
-            start = self._ends[size].get(tuple(self._tokens[-size:]))
-            if start is not None:
-                return self._tokens[start : start + limit]
+            end = self._before(size * WIDTH)
+            if end is not None:
+                found = self._text[end : end + limit * WIDTH]
+                return list(np.frombuffer(found, "<u4").tolist())
         return []
+
+    def _before(self, length: int) -> int | None:
+        """Where the latest earlier occurrence of the last `length` bytes ends."""
+        run, end = self._text[-length:], len(self._text) - WIDTH
+        while len(run) == length:
+            start = self._text.rfind(run, 0, end)
+            if start < 0:
+                return None
+            if start % WIDTH == 0:
+                return start + length
+            end = start + length - 1  # bytes of two tokens that look like one
+        return None
 
 
 class Payoff:
