@@ -14,6 +14,9 @@ Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 
+TokenId = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
+"""A token's number as the name of a JSON field."""
+
 
 class Record(Struct, frozen=True, kw_only=True):
     """Base of all records. `unknown_fields` holds what the sender wrote beyond the schema."""
@@ -34,7 +37,9 @@ class ChatRequest(Record, frozen=True, kw_only=True):
     `session_id` is the record's key: one conversation, in turn. `deadline` is in seconds from the
     record's arrival at the operator. `priority` 0 is served first, 9 last. `entities` are join keys
     for features (for example `{"order_id": "1042"}`). `reply_to` names the topic of the response,
-    out of the job's configured list. `seed` defaults to a hash of the request id.
+    out of the job's configured list. `seed` defaults to a hash of the request id. At most one of
+    `json_schema`, `regex` and `choices` says what the reply must be. The other options are those of
+    `flink_llm.engine.options.Choices`.
     """
 
     request_id: Id
@@ -49,6 +54,15 @@ class ChatRequest(Record, frozen=True, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     seed: Annotated[int, Meta(ge=0, lt=2**53)] | None = None
     stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=8)] = []
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    json_schema: dict[str, Any] | None = None
+    regex: Annotated[str, Meta(min_length=1)] | None = None
+    choices: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)] | None = None
     priority: Annotated[int, Meta(ge=0, le=9)] = 5
     deadline: Annotated[float, Meta(gt=0, le=3600)] | None = None
     reply_to: Id | None = None
@@ -84,12 +98,25 @@ class Timings(Struct, frozen=True, kw_only=True):
     total_ms: float = 0.0
 
 
+class Logprob(Struct, frozen=True, kw_only=True):
+    """A token, its text, and the natural logarithm of the probability that the model gave it.
+
+    `top` are the likeliest tokens in its place, falling; theirs is empty.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    top: list["Logprob"] = []
+
+
 class ChatResponse(Record, frozen=True, kw_only=True):
     """The answer on `chat.responses`.
 
     `text` is what a user is shown; `masked` names what a filter has replaced in it ("email",
     "card"), and is empty when `text` is the generated text unchanged. `features` are the values the
-    prompt was grounded in, `feature_age_s` the age in seconds of the oldest of them.
+    prompt was grounded in, `feature_age_s` the age in seconds of the oldest of them. `logprobs` has a
+    `Logprob` for each generated token where the request asked for them and nothing was masked.
     """
 
     request_id: str
@@ -104,6 +131,7 @@ class ChatResponse(Record, frozen=True, kw_only=True):
     features: dict[str, Any] = {}
     feature_age_s: float | None = None
     masked: list[str] = []
+    logprobs: list[Logprob] = []
 
 
 class EmbedRequest(Record, frozen=True, kw_only=True):

@@ -1,9 +1,14 @@
 """The ready handlers, over scripted models, through the library's own runner and state."""
 
+import json
+
+import msgspec
 import pytest
 
 from flink_llm.config import Chat
-from flink_llm.testing import FakeServices, Harness, Script
+from flink_llm.engine.protocol import Done, Options
+from flink_llm.records import Logprob
+from flink_llm.testing import FakeServices, Harness, Script, ScriptedBackend
 from flink_llm.udfs.catalogue import Classify, Embed, Enrich, Generate
 
 CUSTOMERS = {"customer": {"user-1": {"first_name": "Ada", "open_orders": 2}}}
@@ -79,6 +84,53 @@ def test_what_cannot_be_answered_is_a_failure(request_, code):
     ran = run(Generate(Chat(model="demo", max_characters=100)), request_)
     assert [failure["code"] for failure in ran.failures()] == [code]
     assert ran.results() == []
+
+
+class Asked(ScriptedBackend):
+    """Keeps the options that it was asked with, and reports log-probabilities."""
+
+    def start(self, work, generation, emit):
+        self.options = work.options
+
+        def told(event):
+            emit(msgspec.structs.replace(event, logprobs=LOGPROBS) if isinstance(event, Done) else event)
+
+        return super().start(work, generation, told)
+
+
+LOGPROBS = [Logprob(id=7, text="you", logprob=-0.5, top=[Logprob(id=7, text="you", logprob=-0.5)])]
+OPTIONS = {
+    "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "seed": 4, "stop": ["."],
+    "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5, "logprobs": 1,
+}  # fmt: skip
+
+
+def test_options_of_a_request_are_those_of_its_generation():
+    services = FakeServices(backend=Asked(CHAT))
+    bias = {"logit_bias": {"7": -100}}  # a JSON object has no other keys than texts
+    ran = run(Generate(Chat(model="demo")), asked(**OPTIONS, **bias), services=services)
+    assert ran.failures() == []
+    [response] = ran.results()
+    assert services.backend.options == Options(**OPTIONS, logit_bias=[(7, -100.0)])
+    assert response["logprobs"][0]["top"][0]["text"] == "you"
+    for name, value in {"json_schema": {"type": "integer"}, "regex": "a+", "choices": ["a", "b"]}.items():
+        run(Generate(Chat(model="demo")), asked(**{name: value}), services=services)
+        said = getattr(services.backend.options, name)
+        assert (json.loads(said) if name == "json_schema" else said) == value
+
+
+def test_log_probabilities_do_not_show_what_was_masked():
+    services = FakeServices(backend=Asked(CHAT))
+    ran = run(Generate(Chat(model="demo")), asked("mail ada@example.org", logprobs=0), services=services)
+    assert ran.results()[0]["masked"] == ["email"]
+    assert ran.results()[0]["logprobs"] == []
+
+
+@pytest.mark.parametrize("field", [{"min_p": 2}, {"logit_bias": {"x": 1}}, {"logprobs": 21}, {"choices": []}])
+def test_an_option_out_of_its_range_is_an_invalid_record(field):
+    [failure] = run(Generate(Chat(model="demo")), asked(**field)).failures()
+    assert failure["code"] == "invalid"
+    assert next(iter(field)) in failure["message"]
 
 
 def test_another_model_may_be_asked_for_by_name():

@@ -22,6 +22,12 @@ from flink_llm.records import (
 )
 from flink_llm.udfs.masking import Masker
 
+_OPTIONS = (
+    "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "logit_bias", "logprobs", "json_schema", "regex", "choices",
+)  # fmt: skip
+"""Fields of a request that are options of its generation under the same name."""
+
 
 class Generate(AsyncUdf):
     """A chat request to a reply: features, prompt, generation as it streams, masking.
@@ -70,6 +76,7 @@ class Generate(AsyncUdf):
             features=features,
             feature_age_s=age,
             masked=list(masker.found),
+            logprobs=[] if masker.found else reply.logprobs,  # they hold the text as it was
         )
 
     async def _say(self, ctx: CallContext, token: TokenRecord, text: str, said: list[str]) -> None:
@@ -99,12 +106,7 @@ class Generate(AsyncUdf):
         return [*system, *request.messages]
 
     def _options(self, request: ChatRequest) -> dict[str, Any]:
-        asked = {
-            "temperature": request.temperature,
-            "top_k": request.top_k,
-            "top_p": request.top_p,
-            "seed": request.seed,
-        }
+        asked = {name: getattr(request, name) for name in _OPTIONS}
         options = {name: value for name, value in asked.items() if value is not None}
         options.setdefault("temperature", self._chat.temperature)
         return {**options, "stop": list(request.stop), "max_tokens": request.max_tokens or self._chat.max_tokens}

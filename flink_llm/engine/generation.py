@@ -22,12 +22,11 @@ from flink_llm.engine.protocol import (
     Fault,
     FinishReason,
     Loaded,
-    Logprob,
     Submit,
     Tokens,
 )
 from flink_llm.errors import ConfigError, Outage, Overloaded, RecordError
-from flink_llm.records import ChatResponse, Message, Timings, TokenRecord, Usage
+from flink_llm.records import ChatResponse, Logprob, Message, Timings, TokenRecord, Usage
 
 _fields = lru_cache(msgspec.structs.fields)
 _stable = msgspec.msgpack.Encoder(order="deterministic")
@@ -239,6 +238,7 @@ class Generation(AsyncIterator[TokenRecord]):
             timings=self.timings,
             features=self._work.features or {},
             feature_age_s=self.feature_age_s,
+            logprobs=self.logprobs,
         )
 
     def expire(self) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flink_llm.engine.protocol import Logprob
 from flink_llm.engine.sampling import BLOCK, largest
+from flink_llm.records import Logprob
 
 Logits = NDArray[np.floating[Any]]
 

@@ -48,7 +48,7 @@ class Choices(TypedDict, total=False):
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
-    logit_bias: Mapping[int, float] | None
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None
     logprobs: int | None
 
 
@@ -67,7 +67,7 @@ class _Ranges(Struct, forbid_unknown_fields=True):
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)]
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)]
     logit_bias: Annotated[
-        dict[Annotated[int, Meta(ge=0)], Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=BIASED)
+        list[tuple[Annotated[int, Meta(ge=0)], Annotated[float, Meta(ge=-100, le=100)]]], Meta(max_length=BIASED)
     ]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None
 
@@ -93,6 +93,12 @@ def chosen(choices: Choices, request_id: str) -> Options:
             given["json_schema"] = json.dumps(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise RecordError("bad_option", f"json_schema is not JSON: {error}") from error
+    bias = given.get("logit_bias")
+    if isinstance(bias, Mapping):
+        try:
+            given["logit_bias"] = sorted((int(token), value) for token, value in bias.items())
+        except (TypeError, ValueError) as error:
+            raise RecordError("bad_option", f"logit_bias does not map token ids to numbers: {error}") from error
     return Options(**msgspec.structs.asdict(_in_range({**_DEFAULTS, "seed": default_seed(request_id), **given})))
 
 

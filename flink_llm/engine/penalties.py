@@ -4,7 +4,7 @@ Repetition penalty: Keskar et al. 2019, "CTRL", over prompt and reply. Presence 
 those of OpenAI's API, over the reply. Only the tokens that are concerned are touched.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ class Penalties:
         self._bias = np.empty(0, np.float64)
         self._seen = np.empty(0, np.bool_)
         repeated = set(prompt) if options.repetition_penalty != 1 else set()
-        self._enter(sorted(repeated | options.logit_bias.keys()))
-        for token, bias in options.logit_bias.items():
+        self._enter(sorted(repeated.union(token for token, _ in options.logit_bias)))
+        for token, bias in options.logit_bias:
             self._bias[self._row[token]] = bias
         for token in repeated:
             self._seen[self._row[token]] = True
@@ -70,8 +70,8 @@ def penalties(options: Options, prompt: Sequence[int]) -> Penalties | None:
     return None if neutral and not options.logit_bias else Penalties(options, prompt)
 
 
-def check_tokens(bias: Mapping[int, float], vocabulary: int) -> None:
+def check_tokens(bias: Sequence[tuple[int, float]], vocabulary: int) -> None:
     """Raises RecordError `bad_option` for a token that the model does not have."""
-    beyond = max(bias, default=0)
+    beyond = max((token for token, _ in bias), default=0)
     if beyond >= vocabulary:
         raise RecordError("bad_option", f"logit_bias names token {beyond}, the model has 0 to {vocabulary - 1}")

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from flink_llm.errors import ProtocolError
+from flink_llm.records import Logprob
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -30,8 +31,8 @@ class Options(Struct, frozen=True, kw_only=True):
     """How to generate. `temperature` 0 is greedy; `seed` decides every draw; `stop` are strings.
 
     At most one of `json_schema` (JSON text), `regex` and `choices` says what the text must be; empty says
-    nothing. `logit_bias` is by token id. `logprobs` tokens of each position are reported with their
-    log-probabilities beside the chosen one; None reports none.
+    nothing. `logit_bias` are token ids, rising, each with what is added to its logit. `logprobs` tokens of
+    each position are reported with their log-probabilities beside the chosen one; None reports none.
     """
 
     max_tokens: int = 256
@@ -47,7 +48,7 @@ class Options(Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
+    logit_bias: list[tuple[int, float]] = []
     logprobs: int | None = None
 
 
@@ -131,18 +132,6 @@ class Tokens(Struct, frozen=True, tag="tokens", kw_only=True):
     generation: str
     sequence: int
     text: str
-
-
-class Logprob(Struct, frozen=True, kw_only=True):
-    """A token, its text, and the natural logarithm of the probability that the model gave it.
-
-    `top` are the likeliest of its place, falling; theirs is empty.
-    """
-
-    id: int
-    text: str
-    logprob: float
-    top: list["Logprob"] = []
 
 
 class Done(Struct, frozen=True, tag="done", kw_only=True):
