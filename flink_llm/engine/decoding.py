@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.grammar import Grammar, Grammars, definition
 from flink_llm.engine.job import Job, Said
+from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.options import check
 from flink_llm.engine.prompts import Prompts
@@ -33,9 +34,10 @@ class _Generation:
 class Decoding:
     """A `ServedModel` over a decoder."""
 
-    def __init__(self, folder: ModelFolder, settings: HostSettings, device: str) -> None:
+    def __init__(self, folder: ModelFolder, settings: HostSettings, device: str, metrics: ModelMetrics) -> None:
         manifest = folder.manifest
         self.name = manifest.name
+        self.metrics = metrics
         self._tokenizer_file = folder.files["tokenizer.json"]
         self._tokenizer = Tokenizer(self._tokenizer_file, manifest.vocab_size)
         self._grammars: Grammars | None = None
@@ -50,6 +52,11 @@ class Decoding:
         self._step_s = self._prompt_token_s = 0.0
         self._decodes = False
         self._entries: dict[int, Entry[_Generation]] = {}
+        metrics.watch_cache(settings.slots, self._context, self._held)
+
+    def _held(self, busy: bool) -> int:
+        """Of whichever scheduler there is: `drop` makes another."""
+        return self._scheduler.held(busy)
 
     def _new_scheduler(self) -> Scheduler[_Generation]:
         return Scheduler(self._settings.slots, self._settings.queue, copies=self._decoder.copies)
@@ -60,14 +67,16 @@ class Decoding:
         prompt = self._prompt(job.work)
         grammar = self._grammar(job.work.options, len(prompt))
         sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
+        sequence.arrived = job.metrics.arrived
         entry = self._scheduler.add(
-            _Generation(job, sequence), prompt, priority=job.work.priority, now=time.monotonic()
+            _Generation(job, sequence), prompt, priority=job.work.priority, now=job.metrics.arrived
         )
         self._entries[id(entry)] = entry
 
     def step(self, said: Said) -> bool:
         """See `ServedModel.step`."""
         for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
+            entry.item.job.leave()
             self._leave(entry)
         plan = self._scheduler.plan(self._chunk())
         for entry in plan.sharing:
@@ -122,11 +131,13 @@ class Decoding:
         began = time.monotonic()
         if start == entry.shared:
             sequence.began = began
+            entry.item.job.metrics.began(began, reused=start)
         try:
             logits = self._decoder.prefill(_slot(entry), sequence.prompt[start : start + count], start)
         except Exception as error:  # its prompt's, whatever it is: the others go on
             return self._fail(entry, error, said)
         self._scheduler.advance(entry, count)
+        entry.item.job.metrics.read(count)
         self._prompt_token_s = _smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
         if not entry.left:
             sequence.restrict(logits)
@@ -146,6 +157,7 @@ class Decoding:
                 self._decode([entry], said)
             return
         self._step_s = _smoothed(self._step_s, time.monotonic() - began)
+        self.metrics.step(len(entries))
         for entry, slot, token, sequence in zip(entries, slots, last, sequences, strict=True):
             self._scheduler.decoded(entry, token)
             sequence.restrict(logits[slot])
@@ -162,6 +174,7 @@ class Decoding:
             text = sequence.take(token, self._context)
         except BaseException as error:  # a panic of the tokenizer is no Exception
             return self._fail(entry, error, said)
+        job.metrics.token(sequence.latest)
         if text is not None:
             job.say(text, said)
         if sequence.finish is not None:

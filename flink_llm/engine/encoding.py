@@ -1,5 +1,6 @@
 """An encoder at work: what waits at the same moment is run together."""
 
+import time
 from collections import deque
 
 import numpy as np
@@ -7,6 +8,7 @@ from numpy.typing import NDArray
 
 from flink_llm.engine.encoder import Encoder
 from flink_llm.engine.job import Job, Said
+from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.protocol import Done
 from flink_llm.engine.settings import HostSettings
@@ -19,9 +21,10 @@ ENCODER_BATCH = 64
 class Encoding:
     """A `ServedModel` over an encoder."""
 
-    def __init__(self, folder: ModelFolder, settings: HostSettings, device: str) -> None:
+    def __init__(self, folder: ModelFolder, settings: HostSettings, device: str, metrics: ModelMetrics) -> None:
         manifest = folder.manifest
         self.name = manifest.name
+        self.metrics = metrics
         self._kind = "classify" if manifest.kind == "classifier" else "embed"
         self._limit = manifest.context_length
         self._queue = settings.queue
@@ -49,8 +52,11 @@ class Encoding:
         batch: list[tuple[Job, list[int]]] = []
         while self._waiting and len(batch) < ENCODER_BATCH:
             job, tokens = self._waiting.popleft()
-            if not job.cancelled:
+            if job.cancelled:
+                job.leave()
+            else:
                 batch.append((job, tokens))
+        self._count(batch)
         answers = self._encoder.run([tokens for _, tokens in batch])
         for (job, tokens), answer in zip(batch, answers, strict=True):
             if isinstance(answer, Exception):
@@ -60,6 +66,14 @@ class Encoding:
             else:
                 job.say(self._done(job, len(tokens), answer), said)
         return bool(batch)
+
+    def _count(self, batch: list[tuple[Job, list[int]]]) -> None:
+        now = time.monotonic()
+        if batch:
+            self.metrics.step(len(batch))
+        for job, tokens in batch:
+            job.metrics.began(now)
+            job.metrics.read(len(tokens))
 
     def drop(self) -> list[Job]:
         """See `ServedModel.drop`."""

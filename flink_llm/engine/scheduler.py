@@ -19,6 +19,11 @@ AGEING_S = 2.0
 LANES = 10
 
 
+def lane_of(priority: int) -> int:
+    """The lane of a priority, 0 (first) to 9."""
+    return max(0, min(priority, LANES - 1))
+
+
 @dataclass(eq=False)
 class Entry(Generic[T]):
     """One request. Of its `prompt` `filled` tokens are in the cache; `slot` None while it waits.
@@ -75,13 +80,16 @@ class Scheduler(Generic[T]):
         """Requests with a slot."""
         return len(self._running)
 
+    def held(self, busy: bool) -> int:
+        """Tokens in slots that are busy, or in those that are free and kept for reuse. May be asked by any thread."""
+        return self._slots.tokens(busy)
+
     def add(self, item: T, prompt: Sequence[int], *, priority: int, now: float) -> Entry[T]:
         """Queues a request. Raises Overloaded when the queue is full."""
         if self._waiting >= self._limit:
             raise Overloaded(f"{self._limit} requests are waiting", retry_after=0.5)
         self._arrivals += 1
-        lane = max(0, min(priority, LANES - 1))
-        entry = Entry(item, prompt, (now + lane * AGEING_S, self._arrivals))
+        entry = Entry(item, prompt, (now + lane_of(priority) * AGEING_S, self._arrivals))
         heapq.heappush(self._queue, (entry.rank, entry))
         self._waiting += 1
         return entry
