@@ -69,7 +69,7 @@ class Decoding:
         sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
         sequence.arrived = job.metrics.arrived
         entry = self._scheduler.add(
-            _Generation(job, sequence), prompt, priority=job.work.priority, now=job.metrics.arrived
+            _Generation(job, sequence), prompt, priority=job.work.priority, now=job.metrics.arrived, left=job.left()
         )
         self._entries[id(entry)] = entry
 

@@ -1,6 +1,7 @@
 """One piece of work inside the engine, and what a step has to say of it."""
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -26,6 +27,11 @@ class Job:
         self.emit = emit
         self.metrics = metrics
         self.cancelled = False
+
+    def left(self) -> float | None:
+        """Seconds until its client gives it up, as far as that is known; None for never."""
+        deadline = self.work.deadline
+        return None if deadline is None else self.metrics.arrived + deadline - time.monotonic()
 
     def say(self, event: Event, said: Said) -> None:
         """One event of this work."""
