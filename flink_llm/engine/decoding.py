@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from flink_llm.engine.aside import Aside
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.grammar import Grammar, Grammars, definition
 from flink_llm.engine.job import Job, Said
@@ -41,6 +42,7 @@ class Decoding:
         self._tokenizer_file = folder.files["tokenizer.json"]
         self._tokenizer = Tokenizer(self._tokenizer_file, manifest.vocab_size)
         self._grammars: Grammars | None = None
+        self._compiling: Aside[tuple[list[int], Grammar | None]] = Aside(settings.queue)
         template = folder.files.get("chat_template.jinja")
         self._prompts = Prompts(template, self._tokenizer, manifest.special_tokens, manifest.context_length)
         self._ends = frozenset(manifest.eos_token_ids)
@@ -64,8 +66,13 @@ class Decoding:
     def add(self, job: Job) -> None:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
         check(job.work.options)
-        prompt = self._prompt(job.work)
-        grammar = self._grammar(job.work.options, len(prompt))
+        options, prompt = job.work.options, self._prompt(job.work)
+        if options.json_schema or options.regex or options.choices:  # may take seconds: others' tokens must not wait
+            self._compiling.put(job, lambda: (prompt, self._grammar(options, len(prompt))))
+        else:
+            self._enqueue(job, prompt, None)
+
+    def _enqueue(self, job: Job, prompt: list[int], grammar: Grammar | None) -> None:
         sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
         sequence.arrived = job.metrics.arrived
         entry = self._scheduler.add(
@@ -75,6 +82,7 @@ class Decoding:
 
     def step(self, said: Said) -> bool:
         """See `ServedModel.step`."""
+        self._take_compiled(said)
         for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
             entry.item.job.leave()
             self._leave(entry)
@@ -88,6 +96,15 @@ class Decoding:
             self._decode(plan.decode, said)
         return bool(plan.prefill or plan.decode)
 
+    def _take_compiled(self, said: Said) -> None:
+        for job, made in self._compiling.take():
+            try:
+                if isinstance(made, BaseException):
+                    raise made
+                self._enqueue(job, *made)
+            except BaseException as error:  # a panic of llguidance is no Exception
+                job.fail(error, said)
+
     def _chunk(self) -> int:
         """So many tokens of a prompt that those who decode wait for no more than `STEPS_WAITED` of their steps."""
         if not self._decodes or not self._prompt_token_s:
@@ -98,7 +115,7 @@ class Decoding:
         """See `ServedModel.drop`."""
         entries, self._entries = self._entries, {}
         self._scheduler = self._new_scheduler()
-        return [entry.item.job for entry in entries.values()]
+        return [*self._compiling.drop(), *(entry.item.job for entry in entries.values())]
 
     def _prompt(self, work: Submit) -> list[int]:
         if work.kind != "generate":

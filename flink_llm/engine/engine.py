@@ -75,7 +75,8 @@ class OnnxBackend:
             message = f"no model {work.model[:12]!r} is loaded"
             emit(Fault(call=0, kind="record", code="unknown_model", message=message))
             return lambda: None
-        job = Job(work, generation, emit, self._models[work.model].metrics.request(work.priority))
+        metrics = self._models[work.model].metrics.request(work.priority)
+        job = Job(work, generation, emit, metrics, self._wake.set)
         self._inbox.append(job)
         self._wake.set()
 

@@ -17,15 +17,26 @@ Said = list[tuple[Emit, Event]]
 
 
 class Job:
-    """Work, the id of its generation, and who hears of it. `cancelled` is set by the loop's thread."""
+    """Work, the id of its generation, and who hears of it. `cancelled` is set by the loop's thread.
 
-    __slots__ = ("cancelled", "emit", "generation", "metrics", "work")
+    `wake` has its engine make a step, and may be called on any thread.
+    """
 
-    def __init__(self, work: Submit, generation: str, emit: Emit, metrics: RequestMetrics) -> None:
+    __slots__ = ("cancelled", "emit", "generation", "metrics", "wake", "work")
+
+    def __init__(
+        self,
+        work: Submit,
+        generation: str,
+        emit: Emit,
+        metrics: RequestMetrics,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
         self.work = work
         self.generation = generation
         self.emit = emit
         self.metrics = metrics
+        self.wake = wake
         self.cancelled = False
 
     def left(self) -> float | None:
