@@ -12,7 +12,7 @@ from flink_llm.engine.metrics import Metrics
 from flink_llm.engine.model import open_model_folder
 from flink_llm.engine.protocol import Options, Submit
 from flink_llm.engine.settings import HostSettings
-from flink_llm.errors import Overloaded
+from flink_llm.errors import Outage, Overloaded, RecordError
 from tests import tiny
 
 SETTINGS = HostSettings(device="cpu", slots=1, queue=3, threads=1)
@@ -100,6 +100,19 @@ def test_a_text_that_would_be_read_too_late_is_refused(embeds: Path) -> None:
     stage.add(deadline=51.0)
     stage.step()
     assert stage.value("requests_total", outcome="stop") == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(Outage("gone"), "outage"), (RecordError("bad_option", "no"), "failed"), (ValueError("odd"), "failed")],
+)
+def test_an_end_is_counted_once_as_what_it_was(embeds: Path, error: Exception, outcome: str) -> None:
+    stage = Stage(embeds)
+    job = stage.add()
+    job.fail(error, stage.said)
+    job.leave()
+    assert stage.value("requests_total", outcome=outcome) == 1
+    assert (stage.value("requests_total", outcome="cancelled"), stage.value("queue_length")) == (0, 0)
 
 
 def test_a_refusal_is_counted_with_its_reason(embeds: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from flink_llm import config
 from flink_llm.engine import metrics_endpoint
 from flink_llm.engine.client import open_engine
 from flink_llm.engine.generation import Embedder, Model
@@ -21,7 +22,7 @@ from flink_llm.engine.metrics import Metrics
 from flink_llm.engine.metrics_endpoint import MetricsEndpoint
 from flink_llm.engine.place import socket_path
 from flink_llm.engine.settings import HostSettings
-from flink_llm.errors import RecordError
+from flink_llm.errors import ConfigError, RecordError
 from tests import tiny
 
 TABLE = re.compile(r"^\| `(flink_llm_\w+)` \| (\w+) \| ([\w, ]+) \|", re.MULTILINE)
@@ -137,6 +138,21 @@ def test_metrics_are_off_and_local_unless_asked_for() -> None:
     assert not [word for word in plain if word.startswith("--metrics")]
     asked = _command(HostSettings(metrics_port=0), "cpu", Path("x"))
     assert asked[asked.index("--metrics-port") :][:4] == ["--metrics-port", "0", "--metrics-host", "127.0.0.1"]
+
+
+def test_an_address_that_cannot_be_is_said_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    endpoint = MetricsEndpoint(Metrics().registry, "a..b", 0)
+    endpoint.start()
+    until(lambda: caplog.records)
+    endpoint.stop()
+    assert caplog.records[0].getMessage().startswith("host.metrics_port: no metrics on a..b:0 (")
+
+
+def test_without_a_host_nobody_serves_metrics(tmp_path: Path) -> None:
+    raw = {"job": "j", "name": "n", "host": {"engine": "embedded", "metrics_port": 9105}}
+    with pytest.raises(ConfigError, match=r"^host\.metrics_port: .* host\.engine is embedded"):
+        config.parse(raw, tmp_path)
+    config.parse(raw | {"host": {"metrics_port": 9105}}, tmp_path)
 
 
 def test_where_metrics_are_makes_no_other_host(tmp_path: Path) -> None:

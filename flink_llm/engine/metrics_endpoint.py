@@ -48,11 +48,11 @@ class MetricsEndpoint:
         while not self._over.is_set():
             try:
                 self._server, _ = start_http_server(port, host, self._registry)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a name that can be no host's
                 if not told:
                     log.error(
                         "host.metrics_port: no metrics on %s:%d (%s); the models are served, the next try is in %g s",
-                        host, port, error.strerror or error, RETRY_S,
+                        host, port, getattr(error, "strerror", None) or error, RETRY_S,
                     )  # fmt: skip
                 told = True
                 self._over.wait(RETRY_S)
