@@ -144,6 +144,8 @@ def parse(raw: dict[str, Any], folder: Path) -> JobConfig:
     _check_sizes(config)
     addresses(config.kafka)
     resolve_device(config.host.device)
+    if config.host.engine == "embedded" and config.host.metrics_port is not None:
+        raise ConfigError("host.metrics_port: it is a host that serves metrics, and host.engine is embedded")
     for name in config.models:
         check_model("models", name)
     return _placed(config, folder)

@@ -16,7 +16,7 @@ Two branches matter to the operator: `RecordError` (and any foreign exception th
 raises) becomes a failure record at once; `Outage` and `Overloaded` are tried again.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 
 class FlinkLlmError(Exception):
@@ -70,11 +70,15 @@ class DeadlineExceeded(RecordError):
 
 
 class Overloaded(FlinkLlmError):
-    """The service has no room now. `retry_after` is in seconds."""
+    """The service has no room now. `retry_after` is in seconds.
 
-    def __init__(self, message: str, retry_after: float = 0.1) -> None:
+    `reason` is "full", or "deadline" when whoever waited would be served too late.
+    """
+
+    def __init__(self, message: str, retry_after: float = 0.1, reason: Literal["full", "deadline"] = "full") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class Outage(FlinkLlmError):

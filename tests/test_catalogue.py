@@ -114,6 +114,7 @@ def test_options_of_a_request_are_those_of_its_generation():
     assert services.backend.options == Options(**OPTIONS, logit_bias=[(7, -100.0)])
     assert response["logprobs"][0]["top"][0]["text"] == "you"
     for name, value in {"json_schema": {"type": "integer"}, "regex": "a+", "choices": ["a", "b"]}.items():
+        services = FakeServices(backend=Asked(CHAT))
         run(Generate(Chat(model="demo")), asked(**{name: value}), services=services)
         said = getattr(services.backend.options, name)
         assert (json.loads(said) if name == "json_schema" else said) == value

@@ -17,6 +17,7 @@ ROOMS = {
     ],
     "onnxruntime": ["flink_llm/engine/"],
     "onnxruntime_genai": ["flink_llm/engine/export_decoder.py"],
+    "prometheus_client": ["flink_llm/engine/metrics"],
     "torch": ["flink_llm/engine/export", "flink_llm/engine/parity.py", "models/training/"],
     "transformers": ["flink_llm/engine/export", "models/training/"],
 }

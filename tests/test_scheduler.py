@@ -1,9 +1,11 @@
 import itertools
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flink_llm.engine.pace import RETRY_S, RETRY_UNKNOWN_S, SMOOTH
 from flink_llm.engine.scheduler import AGEING_S, LANES, Entry, Scheduler
 from flink_llm.errors import Overloaded
 
@@ -36,7 +38,7 @@ def test_no_slot_leaks_and_no_request_is_lost_or_doubled(events):
             try:
                 entries.append(scheduler.add(len(entries), prompt(event[1]), priority=event[2], now=now))
             except Overloaded:
-                assert scheduler.waiting == 10
+                assert scheduler.waiting - (3 - scheduler.running) == 10
         elif event[0] == "cancel" and event[1] < len(entries):
             scheduler.remove(entries[event[1]])
             ended.add(event[1])
@@ -159,15 +161,155 @@ def test_who_has_left_the_queue_takes_no_memory():
     scheduler.plan(CHUNK)
     for number in range(1000):
         scheduler.remove(scheduler.add("gone", prompt(4), priority=0, now=float(number)))
-    assert len(scheduler._queue) <= LANES + 1
+    assert (len(scheduler._queue), scheduler.waiting) == (0, 0)
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back():
     scheduler: Scheduler[str] = Scheduler(slots=1, limit=1)
     scheduler.add("a", prompt(1), priority=5, now=0.0)
+    scheduler.add("b", prompt(1), priority=5, now=0.0)
+    with pytest.raises(Overloaded, match="the queue is full") as caught:
+        scheduler.add("c", prompt(1), priority=5, now=0.0)
+    assert (caught.value.retry_after, caught.value.reason) == (RETRY_UNKNOWN_S, "full")
+
+
+def test_a_short_queue_refuses_nobody_whom_a_free_slot_awaits():
+    scheduler: Scheduler[int] = Scheduler(slots=4, limit=1)
+    for number in range(5):
+        scheduler.add(number, prompt(4), priority=5, now=0.0)
+    with pytest.raises(Overloaded):
+        scheduler.add(5, prompt(4), priority=5, now=0.0)
+
+
+class Timed:
+    """A scheduler on a clock that is moved by hand; every request is read at once and then held."""
+
+    def __init__(self, slots: int, limit: int = 100) -> None:
+        self.now = 0.0
+        self.scheduler: Scheduler[int] = Scheduler(slots, limit, clock=lambda: self.now)
+        self.entries: list[Entry[int]] = []
+
+    def add(self, left: float | None = None, priority: int = 5) -> Entry[int]:
+        entry = self.scheduler.add(len(self.entries), prompt(1), priority=priority, now=self.now, left=left)
+        self.entries.append(entry)
+        return entry
+
+    def after(self, seconds: float) -> None:
+        """Time passes; who waits is given what is free."""
+        self.now += seconds
+        self.scheduler.plan(CHUNK)
+
+    def end(self, entry: Entry[int]) -> None:
+        self.scheduler.remove(entry)
+
+    @property
+    def held(self) -> list[Entry[int]]:
+        return [entry for entry in self.entries if entry.slot is not None and not entry.gone]
+
+
+def known(slots: int, service_s: float) -> Timed:
+    """All slots busy, after one request of `service_s` seconds."""
+    timed = Timed(slots)
+    first = timed.add()
+    timed.after(0)
+    timed.after(service_s)
+    timed.end(first)
+    for _ in range(slots):
+        timed.add()
+    timed.after(0)
+    return timed
+
+
+def test_a_wait_that_is_longer_than_what_is_left_is_refused():
+    timed = known(slots=2, service_s=4.0)
+    assert timed.add(left=2.0).slot is None  # one turn of two slots
+    with pytest.raises(Overloaded, match=r"the wait is about 4.0 s, the deadline is in 3.9") as caught:
+        timed.add(left=3.9)
+    assert (caught.value.retry_after, caught.value.reason) == (4.0, "deadline")
+    assert timed.add(left=4.0).slot is None
+    assert timed.add(left=None).slot is None
+
+
+def test_who_is_urgent_waits_for_those_before_it_only():
+    timed = known(slots=1, service_s=1.0)
+    for _ in range(20):
+        timed.add(priority=9)
+    assert timed.add(left=1.0, priority=0).slot is None
+    with pytest.raises(Overloaded):
+        timed.add(left=1.0, priority=9)
+
+
+def test_nobody_is_refused_for_a_deadline_before_anything_is_known():
+    timed = Timed(slots=1)
+    for _ in range(10):
+        timed.add(left=0.0)
+    assert timed.scheduler.waiting == 10
+
+
+@pytest.mark.parametrize(("service_s", "retry_after"), [(6.0, 3.0), (1e-6, RETRY_S[0]), (1e6, RETRY_S[1])])
+def test_a_full_queue_says_when_a_place_is_free(service_s, retry_after):
+    timed = known(slots=2, service_s=service_s)
+    for _ in range(100):
+        timed.add()
     with pytest.raises(Overloaded) as caught:
-        scheduler.add("b", prompt(1), priority=5, now=0.0)
-    assert caught.value.retry_after > 0
+        timed.add()
+    assert caught.value.retry_after == pytest.approx(retry_after)
+
+
+LOADS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.none() | st.floats(-1, 20), st.integers(0, 9)),
+        st.tuples(st.just("end"), st.integers(0, 5), st.floats(0, 10)),
+        st.tuples(st.just("cancel"), st.integers(0, 60), st.just(0)),
+    ),
+    max_size=80,
+)
+
+
+@settings(max_examples=200)
+@given(LOADS, st.integers(1, 4), st.integers(1, 6))
+def test_only_who_would_wait_too_long_or_finds_no_room_is_refused(loads, slots, limit):
+    timed = Timed(slots, limit)
+    scheduler, service_s = timed.scheduler, None
+
+    def end(entry):
+        nonlocal service_s
+        if entry in timed.held:
+            took = timed.now - entry.began
+            service_s = took if service_s is None else service_s + SMOOTH * (took - service_s)
+        timed.end(entry)
+
+    for what, value, extra in loads:
+        if what == "add":
+            waiting = [entry for entry in timed.entries if entry.slot is None and not entry.gone]
+            free = slots - len(timed.held)
+            turns = 1 - free + sum(entry.rank <= (timed.now + extra * AGEING_S, math.inf) for entry in waiting)
+            wait = 0.0 if turns <= 0 else None if service_s is None else turns * service_s / slots
+            late = turns > 0 and None not in (value, wait) and wait > value
+            full = len(waiting) - free >= limit
+            try:
+                timed.add(value, extra)
+            except Overloaded as error:
+                assert late or full
+                assert error.reason == ("deadline" if late else "full")
+                assert RETRY_S[0] <= error.retry_after <= RETRY_S[1]
+                assert free <= len(waiting)  # whoever is ahead has the slots that are free
+            else:
+                assert not late and not full
+        elif what == "cancel" and value < len(timed.entries):
+            end(timed.entries[value])
+        elif what == "end":
+            timed.after(extra)
+            if value < len(timed.held):
+                end(timed.held[value])
+        assert scheduler.waiting + scheduler.running == sum(not entry.gone for entry in timed.entries)
+        assert scheduler.running == len({entry.slot for entry in timed.held}) == slots - scheduler._slots.free
+    while timed.held or scheduler.waiting:  # nobody is lost
+        timed.after(1)
+        for entry in timed.held:
+            timed.end(entry)
+    assert all(entry.gone for entry in timed.entries)
+    assert scheduler._slots.free == slots
 
 
 def test_a_shared_beginning_is_read_once():

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flink_llm.engine.aside import Aside
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.grammar import Grammar, Grammars, definition
 from flink_llm.engine.job import Job, Said
 from flink_llm.engine.lookup import GUESS, Costs, Lookup, Payoff
+from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.options import check
 from flink_llm.engine.penalties import check_tokens
@@ -41,12 +43,14 @@ class _Generation:
 class Decoding:
     """A `ServedModel` over a decoder."""
 
-    def __init__(self, folder: ModelFolder, settings: HostSettings, device: str) -> None:
+    def __init__(self, folder: ModelFolder, settings: HostSettings, device: str, metrics: ModelMetrics) -> None:
         manifest = folder.manifest
         self.name = manifest.name
+        self.metrics = metrics
         self._tokenizer_file = folder.files["tokenizer.json"]
         self._tokenizer = Tokenizer(self._tokenizer_file, manifest.vocab_size)
         self._grammars: Grammars | None = None
+        self._compiling: Aside[tuple[list[int], Grammar | None]] = Aside(settings.queue)
         template = folder.files.get("chat_template.jinja")
         self._prompts = Prompts(template, self._tokenizer, manifest.special_tokens, manifest.context_length)
         self._ends = frozenset(manifest.eos_token_ids)
@@ -59,6 +63,11 @@ class Decoding:
         self._decodes = False
         self._costs = Costs()
         self._entries: dict[int, Entry[_Generation]] = {}
+        metrics.watch_cache(settings.slots, self._context, self._held)
+
+    def _held(self, busy: bool) -> int:
+        """Of whichever scheduler there is: `drop` makes another."""
+        return self._scheduler.held(busy)
 
     def _new_scheduler(self) -> Scheduler[_Generation]:
         return Scheduler(self._settings.slots, self._settings.queue, copies=self._decoder.copies)
@@ -67,17 +76,25 @@ class Decoding:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
         check(job.work.options)
         check_tokens(job.work.options.logit_bias, self._decoder.vocabulary)
-        prompt = self._prompt(job.work)
-        grammar = self._grammar(job.work.options, len(prompt))
+        options, prompt = job.work.options, self._prompt(job.work)
+        if options.json_schema or options.regex or options.choices:  # may take seconds: others' tokens must not wait
+            self._compiling.put(job, lambda: (prompt, self._grammar(options, len(prompt))))
+        else:
+            self._enqueue(job, prompt, None)
+
+    def _enqueue(self, job: Job, prompt: list[int], grammar: Grammar | None) -> None:
         sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
+        sequence.arrived = job.metrics.arrived
         entry = self._scheduler.add(
-            _Generation(job, sequence), prompt, priority=job.work.priority, now=time.monotonic()
+            _Generation(job, sequence), prompt, priority=job.work.priority, now=job.metrics.arrived, left=job.left()
         )
         self._entries[id(entry)] = entry
 
     def step(self, said: Said) -> bool:
         """See `ServedModel.step`."""
+        self._take_compiled(said)
         for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
+            entry.item.job.leave()
             self._leave(entry)
         plan = self._scheduler.plan(self._chunk())
         for entry in plan.sharing:
@@ -89,6 +106,15 @@ class Decoding:
             self._go_on(plan.decode, said)
         return bool(plan.prefill or plan.decode)
 
+    def _take_compiled(self, said: Said) -> None:
+        for job, made in self._compiling.take():
+            try:
+                if isinstance(made, BaseException):
+                    raise made
+                self._enqueue(job, *made)
+            except BaseException as error:  # a panic of llguidance is no Exception
+                job.fail(error, said)
+
     def _chunk(self) -> int:
         """So many tokens of a prompt that those who decode wait for no more than `STEPS_WAITED` of their steps."""
         if not self._decodes or not self._prompt_token_s:
@@ -99,7 +125,7 @@ class Decoding:
         """See `ServedModel.drop`."""
         entries, self._entries = self._entries, {}
         self._scheduler = self._new_scheduler()
-        return [entry.item.job for entry in entries.values()]
+        return [*self._compiling.drop(), *(entry.item.job for entry in entries.values())]
 
     def _prompt(self, work: Submit) -> list[int]:
         if work.kind != "generate":
@@ -132,11 +158,13 @@ class Decoding:
         began = time.monotonic()
         if start == entry.shared:
             sequence.began = began
+            entry.item.job.metrics.began(began, reused=start)
         try:
             logits = self._decoder.prefill(_slot(entry), sequence.prompt[start : start + count], start)
         except Exception as error:  # its prompt's, whatever it is: the others go on
             return self._fail(entry, error, said)
         self._scheduler.advance(entry, count)
+        entry.item.job.metrics.read(count)
         self._prompt_token_s = _smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
         if not entry.left:
             self._next(entry, logits, said)
@@ -175,6 +203,7 @@ class Decoding:
             logits = self._decoder.read(slot, read, start)
         except Exception as error:
             return self._fail(entry, error, said)
+        self.metrics.step(1)
         cost = self._costs.run(size, time.monotonic() - began)
         right = 0
         for row, token, guessed in zip(logits, read, [*guess, None], strict=True):
@@ -208,6 +237,7 @@ class Decoding:
         took = time.monotonic() - began
         self._step_s = _smoothed(self._step_s, took)
         self._costs.step(len(entries), took)
+        self.metrics.step(len(entries))
         for entry, slot, token, sequence in zip(entries, slots, last, sequences, strict=True):
             self._scheduler.decoded(entry, token)
             sequence.weigh(logits[slot])
@@ -224,6 +254,7 @@ class Decoding:
             text = sequence.take(token, self._context)
         except BaseException as error:  # a panic of the tokenizer is no Exception
             return self._fail(entry, error, said)
+        job.metrics.token(sequence.latest)
         if entry.item.lookup is not None:
             entry.item.lookup.add(sequence.last)
         if text is not None:

@@ -15,6 +15,7 @@ from flink_llm.engine.decoding import Decoding
 from flink_llm.engine.encoding import Encoding
 from flink_llm.engine.faults import fault_of, lacks_memory
 from flink_llm.engine.job import Emit, Job, Said, ServedModel
+from flink_llm.engine.metrics import Metrics
 from flink_llm.engine.model import open_model_folder, read_manifest
 from flink_llm.engine.protocol import Fault, Loaded, Submit
 from flink_llm.engine.settings import HostSettings, resolve_device
@@ -34,8 +35,11 @@ class OnnxBackend:
     work is an outage.
     """
 
-    def __init__(self, settings: HostSettings, when_dead: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, settings: HostSettings, when_dead: Callable[[], None] = lambda: None, metrics: Metrics | None = None
+    ) -> None:
         self._settings = settings
+        self._metrics = metrics or Metrics()
         self._when_dead = when_dead
         self._device = resolve_device(settings.device)
         self._models: dict[str, ServedModel] = {}
@@ -71,7 +75,8 @@ class OnnxBackend:
             message = f"no model {work.model[:12]!r} is loaded"
             emit(Fault(call=0, kind="record", code="unknown_model", message=message))
             return lambda: None
-        job = Job(work, generation, emit)
+        metrics = self._models[work.model].metrics.request(work.priority)
+        job = Job(work, generation, emit, metrics, self._wake.set)
         self._inbox.append(job)
         self._wake.set()
 
@@ -93,7 +98,8 @@ class OnnxBackend:
         try:
             opened = open_model_folder(folder, sha256)
             make = Decoding if opened.manifest.kind == "decoder" else Encoding
-            return make(opened, self._settings, self._device)
+            metrics = self._metrics.model(opened.manifest.name, sha256)
+            return make(opened, self._settings, self._device, metrics)
         except FlinkLlmError:
             raise
         except Exception as error:
@@ -144,6 +150,7 @@ class OnnxBackend:
         while self._inbox and taken < TAKEN_PER_STEP:
             job = self._inbox.popleft()
             if job.cancelled:
+                job.leave()
                 continue
             taken += 1
             try:

@@ -46,7 +46,11 @@ def definition(json_schema: Any = None, regex: str | None = None, choices: Seque
 
 
 class Grammars:
-    """What makes grammars for one model: its tokenizer, as llguidance knows it. Takes a second to make."""
+    """What makes grammars for one model: its tokenizer, as llguidance knows it.
+
+    Takes up to a second to make, for a large vocabulary, and no other thread runs meanwhile: llguidance holds
+    the interpreter there. It lets go of it where a grammar is compiled.
+    """
 
     def __init__(self, tokenizer: bytes, vocabulary: int, ends: Sequence[int]) -> None:
         self._vocabulary = vocabulary

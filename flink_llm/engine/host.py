@@ -286,8 +286,13 @@ def _refuse(why: str) -> None:
 
 def _onnx(settings: HostSettings) -> Backend:
     from flink_llm.engine.engine import OnnxBackend  # ONNX Runtime, for the host only
+    from flink_llm.engine.metrics import Metrics
+    from flink_llm.engine.metrics_endpoint import MetricsEndpoint
 
-    return OnnxBackend(settings, when_dead=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    metrics = Metrics()
+    if settings.metrics_port is not None:
+        MetricsEndpoint(metrics.registry, settings.metrics_host, settings.metrics_port).start()
+    return OnnxBackend(settings, lambda: os.kill(os.getpid(), signal.SIGTERM), metrics)
 
 
 def command(
@@ -303,6 +308,8 @@ def command(
     @click.option("--queue", default=4096, show_default=True, help="Requests that may wait.")
     @click.option("--linger", default=30.0, show_default=True, help="Seconds to stay without a client.")
     @click.option("--linger-work", default=LINGER_S, show_default=True, help="Seconds to work for a lost one.")
+    @click.option("--metrics-port", type=click.IntRange(0, 65535), help="Where Prometheus reads; 0 is any free port.")
+    @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="The address of that port.")
     @click.argument("extra", nargs=-1)
     def host(path: Path | None, linger: float, linger_work: float, extra: tuple[str, ...], **chosen: Any) -> None:
         """Serve models to every job on this machine. Jobs start it themselves; this runs it in sight."""

@@ -1,11 +1,13 @@
 """One piece of work inside the engine, and what a step has to say of it."""
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from flink_llm.engine.faults import fault_of
-from flink_llm.engine.protocol import Event, Submit
+from flink_llm.engine.metrics import ModelMetrics, RequestMetrics
+from flink_llm.engine.protocol import Done, Event, Fault, Submit
 from flink_llm.errors import Overloaded, RecordError
 
 log = logging.getLogger(__name__)
@@ -15,31 +17,59 @@ Said = list[tuple[Emit, Event]]
 
 
 class Job:
-    """Work, the id of its generation, and who hears of it. `cancelled` is set by the loop's thread."""
+    """Work, the id of its generation, and who hears of it. `cancelled` is set by the loop's thread.
 
-    __slots__ = ("cancelled", "emit", "generation", "work")
+    `wake` has its engine make a step, and may be called on any thread.
+    """
 
-    def __init__(self, work: Submit, generation: str, emit: Emit) -> None:
+    __slots__ = ("cancelled", "emit", "generation", "metrics", "wake", "work")
+
+    def __init__(
+        self,
+        work: Submit,
+        generation: str,
+        emit: Emit,
+        metrics: RequestMetrics,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
         self.work = work
         self.generation = generation
         self.emit = emit
+        self.metrics = metrics
+        self.wake = wake
         self.cancelled = False
+
+    def left(self) -> float | None:
+        """Seconds until its client gives it up, as far as that is known; None for never."""
+        deadline = self.work.deadline
+        return None if deadline is None else self.metrics.arrived + deadline - time.monotonic()
 
     def say(self, event: Event, said: Said) -> None:
         """One event of this work."""
         said.append((self.emit, event))
+        if isinstance(event, Done):
+            self.metrics.ended(event.finish)
+        elif isinstance(event, Fault):
+            self.metrics.ended("outage" if event.kind == "outage" else "failed")
 
     def fail(self, error: BaseException, said: Said) -> None:
         """The end of this work, and of no other."""
         if not isinstance(error, (RecordError, Overloaded)):
             log.error("a piece of work for the model %s failed", self.work.model[:12], exc_info=error)
+        if isinstance(error, Overloaded):
+            self.metrics.ended(f"refused_{error.reason}")
         self.say(fault_of(error), said)
+
+    def leave(self) -> None:
+        """The end of cancelled work: nobody hears of it."""
+        self.metrics.ended("cancelled")
 
 
 class ServedModel(Protocol):
     """A model with what waits for it. All methods are called on the engine's thread."""
 
     name: str
+    metrics: ModelMetrics
 
     def add(self, job: Job) -> None:
         """Queues a job. Whatever it raises is the job's end."""

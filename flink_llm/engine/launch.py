@@ -83,6 +83,8 @@ def _command(settings: HostSettings, device: str, path: Path) -> list[str]:
         "linger": settings.linger_s,
         "linger-work": settings.linger_work_s,
     }
+    if settings.metrics_port is not None:
+        options |= {"metrics-port": settings.metrics_port, "metrics-host": settings.metrics_host}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", settings.launcher, *words, "--", *settings.launcher_args]
 

@@ -1,27 +1,35 @@
-"""Who runs next: pure decisions over requests and slots, on a clock that is handed in.
+"""Who runs next, and who is refused: pure decisions over requests and slots, on a clock that is handed in.
 
 A request waits in its lane (priority 0 to 9), is given a free slot with what some slot holds of its prompt
 already, is prefilled in chunks that alternate with everybody's decode steps, then decodes until it ends. No
 tensor and no thread here.
 """
 
-import heapq
-from collections.abc import Sequence
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic, TypeVar
 
+from flink_llm.engine.pace import Pace
 from flink_llm.engine.slots import Slots
-from flink_llm.errors import Overloaded
 
 T = TypeVar("T")
+_RANK = attrgetter("rank")
 AGEING_S = 2.0
 """Waiting for so long counts as one step of priority, so that no lane starves."""
 LANES = 10
 
 
+def lane_of(priority: int) -> int:
+    """The lane of a priority, 0 (first) to 9."""
+    return max(0, min(priority, LANES - 1))
+
+
 @dataclass(eq=False)
 class Entry(Generic[T]):
-    """One request. Of its `prompt` `filled` tokens are in the cache; `slot` None while it waits.
+    """One request. Of its `prompt` `filled` tokens are in the cache; `slot` None while it waits, given at `began`.
 
     The first `shared` of them were there before, in the slot `source`.
     """
@@ -33,6 +41,7 @@ class Entry(Generic[T]):
     slot: int | None = None
     source: int = 0
     shared: int = 0
+    began: float = 0.0
     gone: bool = False
 
     @property
@@ -54,36 +63,48 @@ class Scheduler(Generic[T]):
     """Slots 0 to `slots` - 1, a queue of at most `limit`; `copies` says that a slot can be copied to another.
 
     Both who is given a slot and who is prefilled is decided by rank: arrival, later by `AGEING_S` for each
-    step of priority. It never changes, so whoever comes more than that later is behind.
+    step of priority. It never changes, so whoever comes more than that later is behind. `clock` gives
+    seconds; how long slots are held tells how long whoever comes next will wait for one.
     """
 
-    def __init__(self, slots: int, limit: int, *, copies: bool = True) -> None:
+    def __init__(
+        self, slots: int, limit: int, *, copies: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._slots = Slots(slots, copies=copies)
         self._limit = limit
         self._arrivals = 0
-        self._queue: list[tuple[tuple[float, int], Entry[T]]] = []
-        self._waiting = 0
+        self._queue: list[Entry[T]] = []  # by rank
+        self._clock = clock
+        self._pace = Pace(slots)
         self._running: list[Entry[T]] = []
 
     @property
     def waiting(self) -> int:
         """Requests without a slot."""
-        return self._waiting
+        return len(self._queue)
 
     @property
     def running(self) -> int:
         """Requests with a slot."""
         return len(self._running)
 
-    def add(self, item: T, prompt: Sequence[int], *, priority: int, now: float) -> Entry[T]:
-        """Queues a request. Raises Overloaded when the queue is full."""
-        if self._waiting >= self._limit:
-            raise Overloaded(f"{self._limit} requests are waiting", retry_after=0.5)
+    def held(self, busy: bool) -> int:
+        """Tokens in slots that are busy, or in those that are free and kept for reuse. May be asked by any thread."""
+        return self._slots.tokens(busy)
+
+    def add(self, item: T, prompt: Sequence[int], *, priority: int, now: float, left: float | None = None) -> Entry[T]:
+        """Queues a request that arrived at `now` and has `left` seconds, None for ever.
+
+        Raises Overloaded, with a time to come again, when `limit` wait already, or when its wait for a slot
+        is known to be longer than what is left. While a slot is free nobody is refused.
+        """
+        rank = (now + lane_of(priority) * AGEING_S, self._arrivals + 1)
+        ahead = bisect_left(self._queue, rank, key=_RANK)
+        free = self._slots.free
+        self._pace.admit(ahead + 1 - free, left, full=len(self._queue) - free >= self._limit)
         self._arrivals += 1
-        lane = max(0, min(priority, LANES - 1))
-        entry = Entry(item, prompt, (now + lane * AGEING_S, self._arrivals))
-        heapq.heappush(self._queue, (entry.rank, entry))
-        self._waiting += 1
+        entry = Entry(item, prompt, rank)
+        self._queue.insert(ahead, entry)
         return entry
 
     def remove(self, entry: Entry[T], *, keep: bool = True) -> None:
@@ -95,9 +116,9 @@ class Scheduler(Generic[T]):
             return
         entry.gone = True
         if entry.slot is None:
-            self._waiting -= 1
-            self._sweep()
+            del self._queue[bisect_left(self._queue, entry.rank, key=_RANK)]
         else:
+            self._pace.took(self._clock() - entry.began)
             self._running.remove(entry)
             self._slots.release(entry.slot, keep=keep)
 
@@ -129,19 +150,11 @@ class Scheduler(Generic[T]):
         """Gives slots to whoever is next; who of them shares a beginning."""
         sharing = []
         while self._slots.free and self._queue:
-            _, best = heapq.heappop(self._queue)
-            if best.gone:
-                continue
-            self._waiting -= 1
+            best = self._queue.pop(0)
+            best.began = self._clock()
             best.slot, best.shared, best.source = self._slots.take(best.prompt)
             best.filled = best.shared
             self._running.append(best)
             if best.shared:
                 sharing.append(best)
         return sharing
-
-    def _sweep(self) -> None:
-        """Those who have gone leave the queue when they are most of it."""
-        if len(self._queue) > 2 * self._waiting + LANES:
-            self._queue = [ranked for ranked in self._queue if not ranked[1].gone]
-            heapq.heapify(self._queue)

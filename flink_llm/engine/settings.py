@@ -18,8 +18,9 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     more may wait. All times are in seconds: the host stays `linger_s` after its last client; work whose
     client was lost goes on for `linger_work_s`; a host must listen within `start_timeout_s`, and is
     taken for dead after `silence_s` without a word. `launcher` is the module that is run as the host,
-    with `launcher_args`. `speculation`: what a prompt said before may be guessed to come next, where that
-    is faster; it changes no reply.
+    with `launcher_args`. A host's metrics are at `metrics_host`:`metrics_port`, 0 being any free port, None
+    nowhere; of jobs that share a host, the one that starts it says where. `speculation`: what
+    a text said before may be guessed to come next, where that is faster; it changes no reply.
     """
 
     engine: Literal["host", "embedded"] = "host"
@@ -33,6 +34,8 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     start_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
     silence_s: Annotated[float, Meta(gt=0)] = 3.0
     socket_dir: str | None = None
+    metrics_port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    metrics_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
     launcher: str = "flink_llm.engine.host"
     launcher_args: list[str] = []
 

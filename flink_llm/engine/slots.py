@@ -51,6 +51,10 @@ class Slots:
         """The tokens in a slot."""
         return self._slots[slot].held
 
+    def tokens(self, busy: bool) -> int:
+        """How many tokens the busy slots hold, or the free ones."""
+        return sum(len(slot.held) for slot in self._slots if slot.busy == busy)
+
     def take(self, prompt: Sequence[int]) -> Placement:
         """A slot for a prompt. At least the prompt's last token is left to be read. Raises IndexError when full."""
         source, shared = self._longest(prompt)
