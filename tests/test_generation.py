@@ -11,8 +11,6 @@ import pytest
 
 from flink_llm.engine.generation import (
     CallInfo,
-    Classifier,
-    Embedder,
     Generation,
     Model,
     current_call,
@@ -21,6 +19,7 @@ from flink_llm.engine.generation import (
 )
 from flink_llm.engine.options import default_seed
 from flink_llm.engine.protocol import Done, Event, Fault, Options, Submit
+from flink_llm.engine.readers import Classifier, Embedder
 from flink_llm.engine.work import Events, WorkTable
 from flink_llm.errors import ConfigError, Outage, Overloaded, RecordError
 from flink_llm.feature_row import FeatureRow
