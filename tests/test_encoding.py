@@ -1,6 +1,7 @@
 """Encoders on tiny models, through the engine: tagging, ranking, cuts, what is kept, what fails alone."""
 
 import asyncio
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from flink_llm.engine.answers import Answers
+from flink_llm.engine.client import open_engine
 from flink_llm.engine.encoding import DOCUMENTS, Encoding, cut
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.job import Job, Said
 from flink_llm.engine.model import open_model_folder
-from flink_llm.engine.protocol import Done, Fault, Submit
+from flink_llm.engine.protocol import Done, Engine, Fault, Submit
 from flink_llm.engine.readers import Classifier, Embedder, Ranked, Reranker, Tagger
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import WorkTable
@@ -292,6 +294,28 @@ def test_a_model_hears_nothing_of_anothers_answers(folders: dict[str, Path], tmp
         served.add("hello")
         vectors.append(served.step()["hello"].vector)
     assert vectors[0] != vectors[1]
+
+
+def test_a_host_in_a_process_of_its_own_tags_and_ranks(folders: dict[str, Path]) -> None:
+    async def case(engine: Engine) -> None:
+        tagger = Tagger(engine, "t", str(folders["token_classifier"]))
+        reranker = Reranker(engine, "r", str(folders["reranker"]))
+        await tagger.load()
+        await reranker.load()
+        tagging, ranking = await asyncio.gather(tagger("to Lu"), reranker("who?", ["a", "zebra"]))
+        assert [(each.label, each.start, each.end) for each in tagging.entities] == [("LOC", 3, 5)]
+        assert len(ranking.scores) == 2
+        assert await outcome(reranker("who?", [])) == "empty_text"
+
+    async def inside(folder: str) -> None:
+        engine = open_engine(HostSettings(device="cpu", threads=1, cache_mb=0.5, linger_s=0.1, socket_dir=folder))
+        try:
+            await case(engine)
+        finally:
+            await engine.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(inside(folder))
 
 
 # Steps.
