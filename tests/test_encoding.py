@@ -11,6 +11,7 @@ import pytest
 
 from flink_llm.engine.answers import Answers
 from flink_llm.engine.client import open_engine
+from flink_llm.engine.encoder import _sigmoid
 from flink_llm.engine.encoding import DOCUMENTS, Encoding, cut
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.job import Job, Said
@@ -146,6 +147,15 @@ def test_scores_are_in_the_order_of_the_documents(folders: dict[str, Path]) -> N
         assert other.scores != found.scores
 
     run(folders, "reranker", case, cache_mb=0)
+
+
+def test_a_model_is_told_which_of_the_two_is_the_query(folders: dict[str, Path]) -> None:
+    async def case(stage: Stage) -> None:
+        there, back = await stage.model("an e", ["one"]), await stage.model("one", ["an e"])
+        assert there.scores[0] + back.scores[0] == pytest.approx(1, abs=1e-5)
+        assert abs(there.scores[0] - 0.5) > 0.01
+
+    run(folders, "reranker", case)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +391,23 @@ def test_a_full_queue_refuses_what_is_not_known(folders: dict[str, Path]) -> Non
         served.add("too many")
     served.add("known")
     assert set(served.step()) == {"known", "waiting"}
+
+
+def test_a_ranking_fails_once(folders: dict[str, Path]) -> None:
+    served = Served(folders["reranker"])
+    served.encoding._encoder._run = lambda texts, types: np.full((len(texts), 1), np.nan)  # type: ignore[method-assign]
+    served.add("who", documents=["a", "b"])
+    said: Said = []
+    served.encoding.step(said)
+    assert [event.code for _, event in said if isinstance(event, Fault)] == ["model_error"]
+    assert len(said) == 1
+
+
+def test_scores_differ_near_one_and_are_none_of_what_is_not_finite() -> None:
+    found = _sigmoid(np.array([-1000, 0, 20, 21, np.inf, -np.inf, np.nan], dtype=np.float32))
+    assert found[0] == 0 and found[1] == 0.5
+    assert 0.99 < found[2] < found[3] < 1
+    assert np.isnan(found[4:]).all()
 
 
 def test_all_work_is_dropped_once(folders: dict[str, Path]) -> None:

@@ -66,7 +66,7 @@ def encoder(folder: Path, kind: str) -> Path:
     """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper, save
-    from tokenizers import pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers, processors
 
     from flink_llm.engine.model import write_manifest
 
@@ -125,7 +125,11 @@ def encoder(folder: Path, kind: str) -> Path:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     save(model, str(folder / "model.onnx"))
-    tokenizer_json(folder)
+    path = tokenizer_json(folder)
+    if kind == "reranker":
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+        tokenizer.save(str(path))
     write_manifest(
         folder,
         name=kind,
