@@ -111,6 +111,7 @@ def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """In 64 bits, where far more scores differ near 1. Not finite where a logit is not."""
-    wide = logits.astype(np.float64)
-    shares: NDArray[np.float64] = np.where(np.isfinite(wide), np.exp(-np.logaddexp(0, -wide)), np.nan)
+    finite = np.where(np.isfinite(logits), logits, np.nan).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        shares: NDArray[np.float64] = np.exp(-np.logaddexp(0, -finite))
     return shares
