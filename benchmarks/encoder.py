@@ -25,8 +25,8 @@ from benchmarks import shapes
 from benchmarks.machine import CORES, Run, best, interleave, isa, medians, ratio
 from flink_llm.engine.client import open_engine
 from flink_llm.engine.encoder import Encoder
-from flink_llm.engine.generation import Embedder
 from flink_llm.engine.model import open_model_folder
+from flink_llm.engine.readers import Embedder
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tokenizer import Tokenizer
 from models.training.dialogues import Generator
@@ -90,7 +90,7 @@ class Bare:
         self._limit = opened.manifest.context_length
 
     def __call__(self, asked: Sequence[str], size: int) -> Vectors:
-        tokens = [self._tokenizer.encode_for_encoder(text, self._limit) for text in asked]
+        tokens = [self._tokenizer.encode_marked(text, self._limit) for text in asked]
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         vectors: list[Any] = [None] * len(tokens)
         for start in range(0, len(order), size):

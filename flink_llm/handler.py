@@ -15,7 +15,8 @@ import msgspec
 from flink_llm.errors import ConfigError, RecordError
 
 if typing.TYPE_CHECKING:
-    from flink_llm.engine.generation import Classifier, Embedder, Model
+    from flink_llm.engine.generation import Model
+    from flink_llm.engine.readers import Classifier, Embedder, Reranker, Tagger
     from flink_llm.features import FeatureTable
 
 
@@ -25,6 +26,8 @@ class Services(Protocol):
     def model(self, name: str) -> "Model": ...
     def embedder(self, name: str) -> "Embedder": ...
     def classifier(self, name: str) -> "Classifier": ...
+    def tagger(self, name: str) -> "Tagger": ...
+    def reranker(self, name: str) -> "Reranker": ...
     def features(self, name: str) -> "FeatureTable": ...
 
     @property
@@ -61,12 +64,20 @@ class Context:
         return self._services.model(name)
 
     def embed(self, name: str) -> "Embedder":
-        """An embedding model: `await it(text)`. Raises ConfigError."""
+        """An embedding model: `await it(text, dimensions=...)`. Raises ConfigError."""
         return self._services.embedder(name)
 
     def classify(self, name: str) -> "Classifier":
         """A classifier: `await it(text)`. Raises ConfigError."""
         return self._services.classifier(name)
+
+    def tag(self, name: str) -> "Tagger":
+        """A token classifier, for the entities of a text: `await it(text)`. Raises ConfigError."""
+        return self._services.tagger(name)
+
+    def rerank(self, name: str) -> "Reranker":
+        """A cross-encoder: `await it(query, documents)`. Raises ConfigError."""
+        return self._services.reranker(name)
 
     def features(self, name: str) -> "FeatureTable":
         """A Feast feature view or service: `await it.get(user_id=...)`. Raises ConfigError."""

@@ -135,7 +135,7 @@ class ChatResponse(Record, frozen=True, kw_only=True):
 
 
 class EmbedRequest(Record, frozen=True, kw_only=True):
-    """A text to embed or classify."""
+    """A text to embed, classify or tag."""
 
     request_id: Id
     text: str
@@ -163,6 +163,51 @@ class ClassifyResponse(Record, frozen=True, kw_only=True):
     request_id: str
     label: str
     scores: dict[str, float]
+    model: str
+    model_hash: str
+    usage: Usage = Usage()
+
+
+class EntityRecord(Struct, frozen=True, kw_only=True):
+    """What a text names: `text`, which are its characters [start, end) there; `score` is a probability."""
+
+    label: str
+    score: float
+    start: int
+    end: int
+    text: str
+
+
+class TagResponse(Record, frozen=True, kw_only=True):
+    """The entities of a text, in its order."""
+
+    request_id: str
+    entities: list[EntityRecord]
+    model: str
+    model_hash: str
+    usage: Usage = Usage()
+
+
+class RerankRequest(Record, frozen=True, kw_only=True):
+    """A query, and documents to order by how well they answer it."""
+
+    request_id: Id
+    query: str
+    documents: list[str]
+    user_id: Id | None = None
+    entities: dict[str, str | int] = {}
+    model: Id | None = None
+    priority: Annotated[int, Meta(ge=0, le=9)] = 5
+    deadline: Annotated[float, Meta(gt=0, le=3600)] | None = None
+    reply_to: Id | None = None
+
+
+class RerankResponse(Record, frozen=True, kw_only=True):
+    """`scores` in the order of the documents, 0 to 1; `order` their places, the best first."""
+
+    request_id: str
+    scores: list[float]
+    order: list[int]
     model: str
     model_hash: str
     usage: Usage = Usage()

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 from msgspec import Struct
 
 from flink_llm.engine.client import open_engine
-from flink_llm.engine.generation import Classifier, Embedder, Model
+from flink_llm.engine.generation import Model
 from flink_llm.engine.protocol import Engine
+from flink_llm.engine.readers import Classifier, Embedder, Reranker, Tagger
 from flink_llm.engine.settings import HostSettings
 from flink_llm.errors import ConfigError, Outage
 from flink_llm.feature_settings import FeatureSettings
@@ -18,7 +19,7 @@ from flink_llm.handler import Services
 from flink_llm.names import unknown
 
 log = logging.getLogger(__name__)
-Served = TypeVar("Served", Model, Embedder, Classifier)
+Served = TypeVar("Served", Model, Embedder, Classifier, Tagger, Reranker)
 START_RETRY_S = 1.0
 TOLD_EVERY = 15
 """Of the failed attempts to load a model at the start, every how many is a warning in the log."""
@@ -59,6 +60,14 @@ class RealServices:
     def classifier(self, name: str) -> Classifier:
         """See `Context.classify`."""
         return self._serve(Classifier, name)
+
+    def tagger(self, name: str) -> Tagger:
+        """See `Context.tag`."""
+        return self._serve(Tagger, name)
+
+    def reranker(self, name: str) -> Reranker:
+        """See `Context.rerank`."""
+        return self._serve(Reranker, name)
 
     def features(self, name: str) -> FeatureTable:
         """See `Context.features`."""

@@ -8,6 +8,7 @@ real socket, whose models say what a script tells them to: the benchmarks are me
 import asyncio
 import hashlib
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,8 +22,9 @@ from flink_llm import codec
 from flink_llm.arrivals import Arrival, Keyer, KeySpec
 from flink_llm.call import OperatorSettings
 from flink_llm.engine import host
-from flink_llm.engine.generation import Classifier, Embedder, Model
-from flink_llm.engine.protocol import Done, Event, Fault, Loaded, Submit, Tokens
+from flink_llm.engine.generation import Model
+from flink_llm.engine.protocol import Done, Entity, Event, Fault, Loaded, Submit, Tokens
+from flink_llm.engine.readers import Classifier, Embedder, Reranker, Tagger
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import Backend, WorkTable
 from flink_llm.errors import ConfigError
@@ -33,7 +35,7 @@ from flink_llm.names import unknown
 from flink_llm.runner import Runner
 from flink_llm.shard import Output, Shard
 
-Served = TypeVar("Served", Model, Embedder, Classifier)
+Served = TypeVar("Served", Model, Embedder, Classifier, Tagger, Reranker)
 
 
 class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,10 +45,12 @@ class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `first_ms`, the others `gap_ms` apart; `delay` "exponential" draws `first_ms` from that distribution,
     decided by the request id. `rate_per_s` bounds how many pieces of work the model completes a second.
     `fault` ends every piece of work with that code instead; "overloaded" and "hang" are not codes but
-    what they say.
+    what they say. An embedding has `dimension` numbers that depend on the text; a classifier finds all
+    `labels` equally likely; a token classifier finds the words of `entities`, each with its label, wherever
+    they stand; a reranker's score is the share of the query's words that a document has.
     """
 
-    kind: Literal["decoder", "embedding", "classifier"] = "decoder"
+    kind: Literal["decoder", "embedding", "classifier", "token_classifier", "reranker"] = "decoder"
     text: str = "{last}"
     tokens: int = 1
     first_ms: float = 0.0
@@ -56,6 +60,7 @@ class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fault: str | None = None
     labels: list[str] = []
     dimension: int = 8
+    entities: dict[str, str] = {}
 
 
 class ScriptedBackend:
@@ -125,11 +130,22 @@ def _events(script: Script, work: Submit, generation: str) -> Iterator[Event]:
     if script.kind == "embedding":
         seed = int.from_bytes(hashlib.sha256((work.text or "").encode()).digest()[:4], "big")
         vector = np.random.default_rng(seed).standard_normal(script.dimension).astype("<f4")
-        yield Done(call=0, generation=generation, vector=vector.tobytes())
+        if work.dimensions is not None and not 1 <= work.dimensions <= script.dimension:
+            yield Fault(call=0, kind="record", code="bad_option", message=f"dimensions is {work.dimensions}")
+        else:
+            yield Done(call=0, generation=generation, vector=vector[: work.dimensions].tobytes())
         return
     if script.kind == "classifier":
         shares = [1 / len(script.labels)] * len(script.labels)
         yield Done(call=0, generation=generation, scores=shares)
+        return
+    if script.kind == "token_classifier":
+        yield Done(call=0, generation=generation, entities=_found(script, work.text or ""))
+        return
+    if script.kind == "reranker":
+        asked = set((work.text or "").lower().split())
+        scores = [len(asked & set(each.lower().split())) / max(1, len(asked)) for each in work.documents]
+        yield Done(call=0, generation=generation, scores=scores)
         return
     last = work.messages[-1]["content"] if work.messages else work.prompt or ""
     text = script.text.replace("{last}", last)
@@ -138,6 +154,15 @@ def _events(script: Script, work: Submit, generation: str) -> Iterator[Event]:
     for sequence, piece in enumerate(pieces):
         yield Tokens(call=0, generation=generation, sequence=sequence, text=piece)
     yield Done(call=0, generation=generation, text=text, completion_tokens=len(pieces))
+
+
+def _found(script: Script, text: str) -> list[Entity]:
+    found = [
+        Entity(label, 1.0, match.start(), match.end())
+        for words, label in script.entities.items()
+        for match in re.finditer(re.escape(words), text)
+    ]
+    return sorted(found, key=lambda entity: entity.start)
 
 
 class FakeFeatures:
@@ -171,7 +196,7 @@ class FakeServices:
         self.outage_since: float | None = None
         self._features = features or {}
         self._table = WorkTable(self.backend)
-        self._served: list[Model | Embedder | Classifier] = []
+        self._served: list[Model | Embedder | Classifier | Tagger | Reranker] = []
 
     def model(self, name: str) -> Model:
         """See `Context.model`."""
@@ -184,6 +209,14 @@ class FakeServices:
     def classifier(self, name: str) -> Classifier:
         """See `Context.classify`."""
         return self._keep(Classifier(self._table, name, name))
+
+    def tagger(self, name: str) -> Tagger:
+        """See `Context.tag`."""
+        return self._keep(Tagger(self._table, name, name))
+
+    def reranker(self, name: str) -> Reranker:
+        """See `Context.rerank`."""
+        return self._keep(Reranker(self._table, name, name))
 
     def features(self, name: str) -> Any:
         """See `Context.features`."""

@@ -9,7 +9,7 @@ from flink_llm.config import Chat
 from flink_llm.engine.protocol import Done, Options
 from flink_llm.records import Logprob
 from flink_llm.testing import FakeServices, Harness, Script, ScriptedBackend
-from flink_llm.udfs.catalogue import Classify, Embed, Enrich, Generate
+from flink_llm.udfs.catalogue import Classify, Embed, Enrich, Generate, Rerank, Tag
 
 CUSTOMERS = {"customer": {"user-1": {"first_name": "Ada", "open_orders": 2}}}
 
@@ -151,6 +151,40 @@ def test_a_text_becomes_a_vector():
     [response] = run(Embed("e"), {"request_id": "r1", "text": "hi"}, services=services, key="request_id").results()
     assert len(response["vector"]) == 4
     assert response["model"] == "e"
+
+
+@pytest.mark.parametrize(("dimensions", "outcome"), [(3, 3), (4, 4), (0, "bad_option"), (5, "bad_option")])
+def test_a_vector_can_be_cut(dimensions, outcome):
+    services = FakeServices({"e": Script(kind="embedding", dimension=4)})
+    ran = run(Embed("e", dimensions), {"request_id": "r1", "text": "hi"}, services=services, key="request_id")
+    found = [len(response["vector"]) for response in ran.results()]
+    assert found + [failure["code"] for failure in ran.failures()] == [outcome]
+
+
+def test_a_text_names_entities():
+    services = FakeServices({"t": Script(kind="token_classifier", entities={"Lyon": "LOC", "Ada": "PER"})})
+    text = "Ada is in Lyon"
+    [response] = run(Tag("t"), {"request_id": "r1", "text": text}, services=services, key="request_id").results()
+    assert response["entities"] == [
+        {"label": "PER", "score": 1.0, "start": 0, "end": 3, "text": "Ada"},
+        {"label": "LOC", "score": 1.0, "start": 10, "end": 14, "text": "Lyon"},
+    ]
+    assert response["model"] == "t"
+
+
+def test_documents_are_ordered_by_a_query():
+    services = FakeServices({"r": Script(kind="reranker")})
+    request = {"request_id": "r1", "query": "red shoes", "documents": ["a red hat", "shoes", "no", "red shoes"]}
+    [response] = run(Rerank("r"), request, services=services, key="request_id").results()
+    assert response["scores"] == [0.5, 0.5, 0, 1]
+    assert response["order"] == [3, 0, 1, 2]
+
+
+@pytest.mark.parametrize("request_", [{"query": "q"}, {"query": "q", "documents": ["a", 1]}, {"documents": ["a"]}])
+def test_what_is_no_ranking_is_a_failure(request_):
+    services = FakeServices({"r": Script(kind="reranker")})
+    ran = run(Rerank("r"), {"request_id": "r1", **request_}, services=services, key="request_id")
+    assert [failure["code"] for failure in ran.failures()] == ["invalid"]
 
 
 def test_a_text_gets_a_label():

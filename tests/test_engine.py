@@ -8,14 +8,15 @@ import pytest
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import export_decoder
-from flink_llm.engine.generation import Classifier, Embedder, Model
+from flink_llm.engine.generation import Model
 from flink_llm.engine.model import open_model_folder
+from flink_llm.engine.readers import Classifier, Embedder
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import WorkTable
 from flink_llm.errors import ConfigError, RecordError
 from tests import tiny
 
-SETTINGS = HostSettings(device="cpu", slots=4, threads=1)
+SETTINGS = HostSettings(device="cpu", slots=4, threads=1, cache_mb=0)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """Export of small random models: measured against their originals, refused below the bar, never half there."""
 
+import asyncio
 import json
 import resource
+import string
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +20,15 @@ from benchmarks import small_models
 from flink_llm.cli import main
 from flink_llm.engine import parity
 from flink_llm.engine.encoder import Encoder
+from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import Order, export_model
 from flink_llm.engine.export_source import open_source
-from flink_llm.engine.model import Manifest, open_model_folder
+from flink_llm.engine.model import open_model_folder
+from flink_llm.engine.readers import Reranker, Tagger
+from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tokenizer import Tokenizer
+from flink_llm.engine.work import WorkTable
 from flink_llm.errors import ExportError
-
-KINDS = get_args(Manifest.__annotations__["kind"])
 
 
 def among(slow_from: int, names: list[str]) -> list:
@@ -110,16 +114,91 @@ def test_an_encoders_vectors_are_its_originals(kind: str, tmp_path: Path) -> Non
 )
 def test_heads_are_told_by_their_architecture(head: str, labels: int, kind: str, tmp_path: Path) -> None:
     source = small_models.encoder(tmp_path / "source", "Bert", head, num_labels=labels)
-    if kind not in KINDS:
-        with pytest.raises(ExportError, match=f"is a {kind}, which this release cannot serve"):
-            export_model(source, tmp_path / "made", Order("tiny", "int8"))
-        return
 
     made = export_model(source, tmp_path / "made", Order("tiny", "int8"))
 
     assert made.kind == kind
     assert made.labels == ([f"LABEL_{i}" for i in range(labels)] if labels > 1 else [])
     assert made.parity["probability_shift"] <= parity.LARGEST_SHIFT["int8"]
+
+
+def asked(folder: Path, kind: type, *work: Any) -> Any:
+    """What the engine answers with a model folder."""
+
+    async def inside() -> Any:
+        table = WorkTable(OnnxBackend(HostSettings(device="cpu", threads=1)))
+        model = kind(table, "tiny", str(folder))
+        try:
+            await model.load()
+            return await model(*work)
+        finally:
+            await table.close()
+
+    return asyncio.run(inside())
+
+
+def write_word_pieces(path: Path) -> None:
+    """A tokenizer of words and their pieces, as BERT's: every letter is one."""
+    from tokenizers import Tokenizer as HfTokenizer
+    from tokenizers import models, pre_tokenizers, processors
+
+    letters = [*string.ascii_letters, *string.punctuation]
+    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = HfTokenizer(models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 1))
+    tokenizer.save(str(path))
+
+
+def test_a_reranker_scores_pairs_as_its_original(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    source = small_models.encoder(tmp_path / "source", "Bert", "ForSequenceClassification", num_labels=1)
+    export_model(source, tmp_path / "made", Order("tiny", "fp32"))
+    query, documents = "where is it?", ["over there", "a " * 200, "x", "the order 17 is on its way"]
+
+    found = asked(tmp_path / "made", Reranker, query, documents)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    original = transformers.AutoModelForSequenceClassification.from_pretrained(source).eval()
+    with torch.inference_mode():
+        wanted = []
+        for document in documents:
+            pair = tokenizer(
+                query,
+                document,
+                truncation="longest_first",
+                max_length=128,
+                return_tensors="pt",
+                return_token_type_ids=True,
+            )
+            assert pair["token_type_ids"].any()
+            wanted.append(float(torch.sigmoid(original(**pair).logits)[0, 0]))
+    np.testing.assert_allclose(found.scores, wanted, atol=1e-5)
+    assert len(set(found.scores)) == 4
+
+
+def test_a_tagger_finds_what_the_pipeline_of_transformers_finds(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    source = small_models.encoder(
+        tmp_path / "source", "Bert", "ForTokenClassification", id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )  # fmt: skip
+    write_word_pieces(source / "tokenizer.json")
+    export_model(source, tmp_path / "made", Order("tiny", "fp32"))
+    text = "Ada Lovelace went from Lyon to the north of Paris, and then on by boat; nobody saw her again that year."
+
+    found = asked(tmp_path / "made", Tagger, text)
+
+    theirs = transformers.pipeline("token-classification", str(source), aggregation_strategy="first", device="cpu")
+    wanted = [(each["entity_group"], each["start"], each["end"]) for each in theirs(text)]
+    assert [(each.label, each.start, each.end) for each in found.entities] == wanted
+    assert len({label for label, *_ in wanted}) == 2 and len(wanted) > 3
+    np.testing.assert_allclose(
+        [each.score for each in found.entities], [each["score"] for each in theirs(text)], atol=1e-4
+    )
 
 
 def test_sentence_transformers_modules_say_how_to_pool(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import pytest
 from flink_llm.engine import engine as engine_module
 from flink_llm.engine.engine import TAKEN_PER_STEP, OnnxBackend
 from flink_llm.engine.faults import LONGEST, fault_of, lacks_memory
-from flink_llm.engine.generation import Embedder, Model
+from flink_llm.engine.generation import Model
 from flink_llm.engine.protocol import Done, Event, Fault, Options, Submit
+from flink_llm.engine.readers import Embedder
 from flink_llm.engine.sequence import Sequence
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from flink_llm.engine.work import WorkTable
 from flink_llm.errors import ConfigError, FlinkLlmError, ModelFolderError, Outage, Overloaded, RecordError
 from tests import tiny
 
-SETTINGS = HostSettings(device="cpu", slots=4, threads=1)
+SETTINGS = HostSettings(device="cpu", slots=4, threads=1, cache_mb=0)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -289,10 +290,10 @@ def test_a_failing_text_fails_alone_in_its_batch(embedding: Path) -> None:
         alone = (await stage.model("good")).vector
         ran = encoder._run
 
-        def failing(texts: list[list[int]]) -> Any:
+        def failing(texts: list[list[int]], types: Any) -> Any:
             if any(poison in text for text in texts):
                 raise RuntimeError("out of bounds")
-            return ran(texts)
+            return ran(texts, types)
 
         encoder._run = failing
         found = await asyncio.gather(*(outcome(stage.model(text)) for text in ("good", "bad!", "good")))
@@ -308,8 +309,8 @@ def test_a_vector_that_is_not_finite_fails_alone(embedding: Path) -> None:
         poison = stage.served._tokenizer.encode_text("!")[0]
         ran = encoder._run
 
-        def spoilt(texts: list[list[int]]) -> Any:
-            answers = ran(texts)
+        def spoilt(texts: list[list[int]], types: Any) -> Any:
+            answers = ran(texts, types)
             answers[[poison in text for text in texts]] = np.nan
             return answers
 

@@ -11,8 +11,6 @@ import pytest
 
 from flink_llm.engine.generation import (
     CallInfo,
-    Classifier,
-    Embedder,
     Generation,
     Model,
     current_call,
@@ -21,6 +19,7 @@ from flink_llm.engine.generation import (
 )
 from flink_llm.engine.options import default_seed
 from flink_llm.engine.protocol import Done, Event, Fault, Options, Submit
+from flink_llm.engine.readers import Classifier, Embedder, Reranker, Tagger
 from flink_llm.engine.work import Events, WorkTable
 from flink_llm.errors import ConfigError, Outage, Overloaded, RecordError
 from flink_llm.feature_row import FeatureRow
@@ -440,6 +439,15 @@ def test_classification() -> None:
         await classify.load()
         found = await classify("where is my money")
         assert (found.label, found.scores) == ("refund", {"refund": 0.5, "praise": 0.5})
+
+    run(case)
+
+
+def test_a_model_is_only_used_as_what_it_is() -> None:
+    async def case(stage: Stage) -> None:
+        for kind, word in ((Tagger, "token_classifier"), (Reranker, "reranker")):
+            with pytest.raises(ConfigError, match=f"of kind 'embedding', it is used as '{word}'"):
+                await kind(stage.engine, "embed", "embed").load()
 
     run(case)
 

@@ -713,7 +713,8 @@ def test_name_tells_hosts_apart(folder: Path) -> None:
         HostSettings(device="cuda:1", socket_dir=str(folder)),
         HostSettings(device="cpu", socket_dir=str(folder), launcher="flink_llm.testing"),
         HostSettings(device="cpu", socket_dir=str(folder), slots=2),
+        HostSettings(device="cpu", socket_dir=str(folder), cache_mb=2),
     ]
     names = {socket_path(settings).name for settings in [plain, *others]}
-    assert len(names) == 4
+    assert len(names) == 5
     assert all(f"-p{PROTOCOL_VERSION}-{__version__}-" in name for name in names)

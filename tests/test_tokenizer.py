@@ -40,3 +40,41 @@ def test_what_is_no_tokenizer_is_refused(definition):
 @given(text=TEXT, limit=st.integers(1, 40))
 def test_a_text_is_cut_to_its_first_tokens(tokenizer, text, limit):
     assert tokenizer.encode_marked(text, limit) == tokenizer.encode_text(text)[:limit]
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """A tokenizer with marks like BERT's, ours and the library's own."""
+    from tokenizers import Tokenizer as HfTokenizer
+    from tokenizers import processors
+
+    path = tiny.tokenizer_json(tmp_path_factory.mktemp("marked"))
+    theirs = HfTokenizer.from_file(str(path))
+    theirs.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 1))
+    theirs.save(str(path))
+    theirs.encode_special_tokens = True
+    return Tokenizer(path.read_bytes()), theirs
+
+
+@settings(deadline=None)
+@given(first=TEXT.filter(bool), second=TEXT.filter(bool), limit=st.integers(5, 40))
+def test_a_pair_is_cut_as_its_models_were_taught(marked, first, second, limit):
+    ours, theirs = marked
+    theirs.enable_truncation(limit, strategy="longest_first")
+    wanted = theirs.encode(first, second)
+    assert ours.encode_pair(first, second, limit) == (wanted.ids, wanted.type_ids)
+
+
+def test_a_pair_without_text_is_none(marked):
+    assert marked[0].encode_pair("", "a", 10) == marked[0].encode_pair("a", "", 10) == ([], [])
+
+
+@settings(deadline=None)
+@given(text=TEXT.filter(bool))
+def test_spans_are_the_characters_of_the_text(marked, text):
+    spans = marked[0].encode_spans(text)
+    assert spans.ids == marked[0].encode_marked(text)
+    assert [spans.words[0], spans.words[-1]] == [None, None]
+    inside = [at for at, word in zip(spans.offsets, spans.words, strict=True) if word is not None]
+    assert len(inside) == len(spans.ids) - 2
+    assert {i for start, end in inside for i in range(start, end)} == set(range(len(text)))

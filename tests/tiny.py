@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 
+LABELS = {
+    "classifier": ["good", "bad", "other"],
+    "token_classifier": ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"],
+}
+
 
 def tokenizer_json(folder: Path) -> Path:
     """A byte-level tokenizer with three special tokens, no merges."""
@@ -54,19 +59,32 @@ def llama(folder: Path) -> Path:
 
 
 def encoder(folder: Path, kind: str) -> Path:
-    """A model folder of a tiny random encoder: an embedding table, one mixing layer, mean or logits."""
+    """A model folder of a tiny random encoder: an embedding table, one mixing layer, mean or logits.
+
+    A token classifier tags by first letters: P begins a person, Q goes on with one, L is a place. A reranker
+    adds up the documents' tokens and takes away the query's.
+    """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper, save
+    from tokenizers import Tokenizer, pre_tokenizers, processors
 
     from flink_llm.engine.model import write_manifest
 
     folder.mkdir(parents=True)
     random = np.random.default_rng(3)
-    outputs = 3 if kind == "classifier" else 16
+    labels = LABELS.get(kind, [])
+    outputs = {"embedding": 16, "reranker": 1}.get(kind, len(labels))
     weights = {
         "table": random.standard_normal((320, 16)).astype(np.float32),
         "mix": random.standard_normal((16, outputs)).astype(np.float32),
     }
+    if kind == "token_classifier":
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        weights["table"] = np.eye(320, 16, 400, dtype=np.float32)
+        weights["table"][:, 0] = 1
+        for letter, label in (("P", 1), ("Q", 2), ("L", 3)):
+            weights["table"][3 + alphabet.index(letter), label] = 4
+        weights["mix"] = np.eye(16, outputs, dtype=np.float32)
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["embedded"]),
         helper.make_node("MatMul", ["embedded", "mix"], ["last_hidden_state"]),
@@ -74,7 +92,9 @@ def encoder(folder: Path, kind: str) -> Path:
     ]
     shape: list[str | int] = ["batch", "tokens", outputs]
     name = "last_hidden_state"
-    if kind == "classifier":
+    if kind == "token_classifier":
+        nodes[1].output[0] = name = "logits"
+    if kind in ("classifier", "reranker"):
         weights["axis"] = np.array([1])
         weights["last"] = np.array([2])
         nodes += [
@@ -83,10 +103,19 @@ def encoder(folder: Path, kind: str) -> Path:
             helper.make_node("ReduceSum", ["kept", "axis"], ["logits"], keepdims=0),
         ]
         name, shape = "logits", ["batch", outputs]
-    inputs = [
-        helper.make_tensor_value_info(each, TensorProto.INT64, ["batch", "tokens"])
-        for each in ("input_ids", "attention_mask")
-    ]
+    given = ["input_ids", "attention_mask"]
+    if kind == "reranker":
+        given.append("token_type_ids")
+        weights |= {"two": np.float32([2]), "one": np.float32([1])}
+        nodes += [
+            helper.make_node("Cast", ["token_type_ids"], ["type"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["type", "two"], ["twice"]),
+            helper.make_node("Sub", ["twice", "one"], ["sign"]),
+            helper.make_node("Mul", ["mask", "sign"], ["signed"]),
+        ]
+        nodes[3].input[0] = "signed"
+        nodes = [*nodes[:3], *nodes[6:], *nodes[3:6]]
+    inputs = [helper.make_tensor_value_info(each, TensorProto.INT64, ["batch", "tokens"]) for each in given]
     graph = helper.make_graph(
         nodes,
         "encoder",
@@ -96,7 +125,11 @@ def encoder(folder: Path, kind: str) -> Path:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     save(model, str(folder / "model.onnx"))
-    tokenizer_json(folder)
+    path = tokenizer_json(folder)
+    if kind == "reranker":
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+        tokenizer.save(str(path))
     write_manifest(
         folder,
         name=kind,
@@ -105,7 +138,7 @@ def encoder(folder: Path, kind: str) -> Path:
         precision="fp32",
         context_length=64,
         vocab_size=320,
-        labels=["good", "bad", "other"] if kind == "classifier" else [],
+        labels=labels,
     )
     return folder
 

@@ -1,4 +1,4 @@
-"""Ready handlers, one line each in a pipeline: Generate, Embed, Classify, Enrich."""
+"""Ready handlers, one line each in a pipeline: Generate, Embed, Classify, Tag, Rerank, Enrich."""
 
 import re
 import time
@@ -17,7 +17,11 @@ from flink_llm.records import (
     ClassifyResponse,
     EmbedRequest,
     EmbedResponse,
+    EntityRecord,
     Message,
+    RerankRequest,
+    RerankResponse,
+    TagResponse,
     TokenRecord,
 )
 from flink_llm.udfs.masking import Masker
@@ -113,10 +117,11 @@ class Generate(AsyncUdf):
 
 
 class Embed(AsyncUdf):
-    """A text to its vector."""
+    """A text to its vector, or to the first `dimensions` of a Matryoshka model's."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, dimensions: int | None = None) -> None:
         self._name = model
+        self._dimensions = dimensions
 
     async def open(self, ctx: Context) -> None:
         """Asks for the model."""
@@ -124,7 +129,7 @@ class Embed(AsyncUdf):
 
     async def call(self, request: EmbedRequest, ctx: CallContext) -> EmbedResponse:
         """Raises RecordError `empty_text`."""
-        found = await self._model(request.text)
+        found = await self._model(request.text, dimensions=self._dimensions)
         return EmbedResponse(
             request_id=request.request_id,
             vector=[float(value) for value in found.vector],
@@ -151,6 +156,54 @@ class Classify(AsyncUdf):
             request_id=request.request_id,
             label=found.label,
             scores=found.scores,
+            model=found.model,
+            model_hash=found.model_hash,
+            usage=found.usage,
+        )
+
+
+class Tag(AsyncUdf):
+    """A text to the entities it names."""
+
+    def __init__(self, model: str) -> None:
+        self._name = model
+
+    async def open(self, ctx: Context) -> None:
+        """Asks for the model."""
+        self._model = ctx.tag(self._name)
+
+    async def call(self, request: EmbedRequest, ctx: CallContext) -> TagResponse:
+        """Raises RecordError: empty_text, context_overflow."""
+        found = await self._model(request.text)
+        return TagResponse(
+            request_id=request.request_id,
+            entities=[
+                EntityRecord(**msgspec.structs.asdict(each), text=request.text[each.start : each.end])
+                for each in found.entities
+            ],
+            model=found.model,
+            model_hash=found.model_hash,
+            usage=found.usage,
+        )
+
+
+class Rerank(AsyncUdf):
+    """Documents to their order by a query."""
+
+    def __init__(self, model: str) -> None:
+        self._name = model
+
+    async def open(self, ctx: Context) -> None:
+        """Asks for the model."""
+        self._model = ctx.rerank(self._name)
+
+    async def call(self, request: RerankRequest, ctx: CallContext) -> RerankResponse:
+        """Raises RecordError: empty_text, too_large."""
+        found = await self._model(request.query, request.documents)
+        return RerankResponse(
+            request_id=request.request_id,
+            scores=found.scores,
+            order=[ranked.index for ranked in found.best()],
             model=found.model,
             model_hash=found.model_hash,
             usage=found.usage,

@@ -1,4 +1,4 @@
-"""Embedding and classification: what waits at the same moment is padded together and run once."""
+"""An encoder's graph: texts are padded together, run once, and what it says is pooled or made probabilities."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,6 @@ from flink_llm.engine.decoder import check_value, open_session
 from flink_llm.engine.model import ModelFolder
 from flink_llm.errors import ModelFolderError
 
-PADDED_TOKENS = 4096
-"""Tokens of one run, padding included."""
 WARM_UP_TOKENS = 1024
 """The longest text of a warm-up: attention over a longer one takes seconds."""
 
@@ -25,14 +23,20 @@ class Encoder:
         self._manifest = folder.manifest
         self._session = open_session(folder, device, threads)
         self._inputs = {value.name for value in self._session.get_inputs()}
-        self._output = "logits" if folder.manifest.kind == "classifier" else "last_hidden_state"
+        self._classes = 1 if folder.manifest.kind == "reranker" else len(folder.manifest.labels)
+        self._output = "last_hidden_state" if folder.manifest.kind == "embedding" else "logits"
         if not {"input_ids", "attention_mask"} <= self._inputs <= _KNOWN:
             raise ModelFolderError(f"{folder.manifest.name}: the graph's inputs are {sorted(self._inputs)}")
         found = {value.name: value for value in self._session.get_outputs()}.get(self._output)
         if found is None:
             raise ModelFolderError(f"{folder.manifest.name}: the graph has no output {self._output!r}")
-        shape = [None, len(folder.manifest.labels)] if self._output == "logits" else [None, None, None]
-        check_value(folder.manifest, found, shape)
+        shapes: dict[str, list[int | None]] = {
+            "embedding": [None, None, None],
+            "token_classifier": [None, None, self._classes],
+        }
+        check_value(folder.manifest, found, shapes.get(folder.manifest.kind, [None, self._classes]))
+        self.dimension = 0
+        """Of an embedding, known once it has warmed up."""
 
     def warm_up(self) -> None:
         """Runs what a request would: the largest token, and a text that fills the context.
@@ -42,36 +46,47 @@ class Encoder:
         largest = self._manifest.vocab_size - 1
         for length in {1, min(self._manifest.context_length, WARM_UP_TOKENS)}:
             answer = self._run([[largest] * length])[0]
-            if self._output == "logits" and len(answer) != len(self._manifest.labels):
-                labels = len(self._manifest.labels)
-                raise ModelFolderError(f"the graph tells {len(answer)} classes apart, the manifest has {labels} labels")
+            self.dimension = answer.shape[-1]
+            if self._output == "logits" and self.dimension != self._classes:
+                wanted = "a reranker has 1" if self._manifest.kind == "reranker" else None
+                wanted = wanted or f"the manifest has {self._classes} labels"
+                raise ModelFolderError(f"the graph tells {self.dimension} classes apart, {wanted}")
 
-    def run(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32] | Exception]:
-        """A vector for each text's tokens: an embedding [dimension], probabilities [labels], or its error."""
-        answers: dict[int, NDArray[np.float32] | Exception] = {}
-        for batch in batches([len(tokens) for tokens in texts]):
-            answers.update(zip(batch, self._each([texts[i] for i in batch]), strict=True))
-        return [answers[i] for i in range(len(texts))]
+    def run(
+        self, texts: Sequence[list[int]], types: Sequence[list[int]] = ()
+    ) -> list[NDArray[np.float32] | NDArray[np.float64] | Exception]:
+        """One run: what the model says of each text's tokens, or its error.
 
-    def _each(self, texts: list[list[int]]) -> list[NDArray[np.float32] | Exception]:
+        An embedding [dimension], probabilities [labels] or [tokens, labels], a score [1] from 0 to 1. `types`
+        are the texts' token types, all 0 by default.
+        """
         try:
-            return list(self._run(texts))
+            return list(self._run(texts, types))
         except Exception as error:
             if len(texts) == 1:
                 return [error]
-            return [answer for text in texts for answer in self._each([text])]  # shows whose fault it was
+            each = zip(texts, types or [[]] * len(texts), strict=True)
+            return [self.run([text], [kinds])[0] for text, kinds in each]  # shows whose fault it was
 
-    def _run(self, texts: list[list[int]]) -> Any:
-        longest = max(len(tokens) for tokens in texts)
-        ids = np.zeros((len(texts), longest), dtype=np.int64)
-        mask = np.zeros_like(ids)
+    def _run(self, texts: Sequence[list[int]], types: Sequence[list[int]] = ()) -> Any:
+        ids = np.zeros((len(texts), max(map(len, texts))), dtype=np.int64)
+        mask, kinds = np.zeros_like(ids), np.zeros_like(ids)
         for row, tokens in enumerate(texts):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
-        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        for row, tokens in enumerate(types):
+            kinds[row, : len(tokens)] = tokens
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
         feeds = {name: value for name, value in feeds.items() if name in self._inputs}
         output = self._session.run([self._output], feeds)[0].astype(np.float32)
-        return _softmax(output) if self._output == "logits" else self._pool(output, mask)
+        match self._manifest.kind:
+            case "embedding":
+                return self._pool(output, mask)
+            case "token_classifier":
+                return [_softmax(logits[: len(tokens)]) for logits, tokens in zip(output, texts, strict=True)]
+            case "reranker":
+                return _sigmoid(output)
+        return _softmax(output)
 
     def _pool(self, hidden: NDArray[np.float32], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """[texts, tokens, dimension] to [texts, dimension]."""
@@ -88,18 +103,15 @@ class Encoder:
         return vectors
 
 
-def batches(lengths: Sequence[int], limit: int = PADDED_TOKENS) -> list[list[int]]:
-    """Indices of texts to run together: similar lengths, at most `limit` padded tokens where it can be."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= limit:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
     normed: NDArray[np.float32] = (shares / shares.sum(axis=-1, keepdims=True)).astype(np.float32)
     return normed
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """In 64 bits, where far more scores differ near 1. Not finite where a logit is not."""
+    finite = np.where(np.isfinite(logits), logits, np.nan).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        shares: NDArray[np.float64] = np.exp(-np.logaddexp(0, -finite))
+    return shares

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from flink_llm.engine.answers import Answers
 from flink_llm.engine.decoding import Decoding
 from flink_llm.engine.encoding import Encoding
 from flink_llm.engine.faults import fault_of, lacks_memory
@@ -43,6 +44,7 @@ class OnnxBackend:
         self._when_dead = when_dead
         self._device = resolve_device(settings.device)
         self._models: dict[str, ServedModel] = {}
+        self._answers = Answers(settings.cache_mb)
         self._loading = asyncio.Lock()
         self._inbox: deque[Job] = deque()
         self._wake = threading.Event()
@@ -97,9 +99,10 @@ class OnnxBackend:
         """Raises ModelFolderError for whatever will be wrong at the next try too, Outage for a lack of memory."""
         try:
             opened = open_model_folder(folder, sha256)
-            make = Decoding if opened.manifest.kind == "decoder" else Encoding
             metrics = self._metrics.model(opened.manifest.name, sha256)
-            return make(opened, self._settings, self._device, metrics)
+            if opened.manifest.kind == "decoder":
+                return Decoding(opened, self._settings, self._device, metrics)
+            return Encoding(opened, self._settings, self._device, metrics, self._answers)
         except FlinkLlmError:
             raise
         except Exception as error:

@@ -9,10 +9,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from flink_llm.engine.export_source import NEEDS, Source
-from flink_llm.engine.model import Manifest
 from flink_llm.engine.quantize import EightBits, quantize_rows
 from flink_llm.errors import ExportError
 
@@ -38,7 +37,7 @@ _exporting = threading.Lock()
 def task_of(source: Source, asked: Task | None) -> Task:
     """What the encoder is for: `asked`, or what its architecture says; one label makes a reranker.
 
-    Raises ExportError for a task that its head cannot do, or that this release cannot serve.
+    Raises ExportError for a task that its head cannot do.
     """
     head = next(head for head in _HEADS if source.architecture.endswith(head))
     task = _HEADS[head]
@@ -48,8 +47,6 @@ def task_of(source: Source, asked: Task | None) -> Task:
         if asked != "embedding":
             raise ExportError(f"{source.name} is a {source.architecture}: its task is {task}, not {asked}")
         task = asked
-    if task not in get_args(Manifest.__annotations__["kind"]):
-        raise ExportError(f"{source.name} is a {task}, which this release cannot serve")
     return task
 
 

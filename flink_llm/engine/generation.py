@@ -1,4 +1,4 @@
-"""What a handler holds: a model to chat with, an embedder, a classifier, and a reply on its way."""
+"""What a handler holds of a language model: the model to chat with, and a reply on its way."""
 
 import hashlib
 import time
@@ -6,11 +6,9 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Self, Unpack
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 from msgspec import NODEFAULT, Struct
 
 from flink_llm.engine.options import Choices, chosen
@@ -24,6 +22,7 @@ from flink_llm.engine.protocol import (
     Loaded,
     Submit,
     Tokens,
+    WorkKind,
 )
 from flink_llm.errors import ConfigError, Outage, Overloaded, RecordError
 from flink_llm.records import ChatResponse, Logprob, Message, Timings, TokenRecord, Usage
@@ -101,7 +100,7 @@ def _stated(struct: Struct) -> dict[str, Any]:
     return found
 
 
-class _Served:
+class Served:
     """A model by its folder, loaded by `load` before the first call."""
 
     def __init__(self, engine: Engine, name: str, folder: str, kind: str) -> None:
@@ -125,7 +124,7 @@ class _Served:
             raise ConfigError(f"models.{self.name} is not loaded: ask for it in open()")
         return self._loaded
 
-    def _work(self, info: CallInfo, kind: Literal["generate", "embed", "classify"], **fields: Any) -> Submit:
+    def _work(self, info: CallInfo, kind: WorkKind, **fields: Any) -> Submit:
         """Raises RecordError for what no engine could read: one record's must not break a connection."""
         plain = {
             "call": 0, "model": self.loaded.sha256, "kind": kind, "work": "", "request_id": info.request_id,
@@ -137,8 +136,8 @@ class _Served:
         except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError) as error:
             raise RecordError("invalid", f"this cannot be sent to {self.name}: {error}") from error
 
-    async def _finish(self, text: str, kind: Literal["embed", "classify"]) -> Done:
-        events = self._engine.submit(self._work(_call_info(), kind, text=text))
+    async def _finish(self, kind: WorkKind, **fields: Any) -> Done:
+        events = self._engine.submit(self._work(_call_info(), kind, **fields))
         try:
             async for event in events:
                 if isinstance(event, Done):
@@ -150,7 +149,7 @@ class _Served:
         raise Outage(f"the engine ended the work of {self.name} without an answer")
 
 
-class Model(_Served):
+class Model(Served):
     """A language model."""
 
     def __init__(self, engine: Engine, name: str, folder: str) -> None:
@@ -334,53 +333,6 @@ class Generation(AsyncIterator[TokenRecord]):
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self._whole().__await__()
-
-
-class Embedding(Struct, frozen=True):
-    """`vector` has shape [dimension], float32."""
-
-    vector: npt.NDArray[np.float32]
-    model: str
-    model_hash: str
-    usage: Usage
-
-
-class Embedder(_Served):
-    """An embedding model: `await embedder(text)`."""
-
-    def __init__(self, engine: Engine, name: str, folder: str) -> None:
-        super().__init__(engine, name, folder, "embedding")
-
-    async def __call__(self, text: str) -> Embedding:
-        """The embedding of a text. Raises RecordError, Overloaded, Outage."""
-        done = await self._finish(text, "embed")
-        vector = np.frombuffer(done.vector, dtype="<f4")
-        return Embedding(vector, self.name, self.loaded.sha256, Usage(prompt_tokens=done.prompt_tokens))
-
-
-class Classification(Struct, frozen=True):
-    """The best label, and the probability of each."""
-
-    label: str
-    scores: dict[str, float]
-    model: str
-    model_hash: str
-    usage: Usage
-
-
-class Classifier(_Served):
-    """A classifier: `await classifier(text)`."""
-
-    def __init__(self, engine: Engine, name: str, folder: str) -> None:
-        super().__init__(engine, name, folder, "classifier")
-
-    async def __call__(self, text: str) -> Classification:
-        """The class of a text. Raises RecordError, Overloaded, Outage."""
-        done = await self._finish(text, "classify")
-        scores = dict(zip(self.loaded.labels, done.scores, strict=True))
-        best = max(scores, key=scores.__getitem__)
-        usage = Usage(prompt_tokens=done.prompt_tokens)
-        return Classification(best, scores, self.name, self.loaded.sha256, usage)
 
 
 def fault_error(fault: Fault) -> Exception:

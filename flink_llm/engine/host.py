@@ -306,6 +306,7 @@ def command(
     @click.option("--threads", default=0, help="CPU threads; 0 leaves it to ONNX Runtime.")
     @click.option("--slots", default=16, show_default=True, help="Generations at once.")
     @click.option("--queue", default=4096, show_default=True, help="Requests that may wait.")
+    @click.option("--cache-mb", default=64.0, show_default=True, help="Megabytes for answers of encoders; 0: none.")
     @click.option("--linger", default=30.0, show_default=True, help="Seconds to stay without a client.")
     @click.option("--linger-work", default=LINGER_S, show_default=True, help="Seconds to work for a lost one.")
     @click.option("--metrics-port", type=click.IntRange(0, 65535), help="Where Prometheus reads; 0 is any free port.")

@@ -80,6 +80,7 @@ def _command(settings: HostSettings, device: str, path: Path) -> list[str]:
         "threads": settings.threads,
         "slots": settings.slots,
         "queue": settings.queue,
+        "cache-mb": settings.cache_mb,
         "linger": settings.linger_s,
         "linger-work": settings.linger_work_s,
     }

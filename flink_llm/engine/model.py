@@ -44,7 +44,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     format: int
     name: str
-    kind: Literal["decoder", "embedding", "classifier"]
+    kind: Literal["decoder", "embedding", "classifier", "token_classifier", "reranker"]
     architecture: str
     precision: str
     context_length: Size

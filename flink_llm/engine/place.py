@@ -46,7 +46,8 @@ def held_file(path: Path) -> Path:
 def socket_path(settings: HostSettings) -> Path:
     """The socket's path: device, versions, and a digest of what else makes a host another host."""
     device = resolve_device(settings.device)
-    traits = [_gpu(device), settings.threads, settings.slots, settings.queue, settings.launcher, settings.launcher_args]
+    sizes = [settings.threads, settings.slots, settings.queue, settings.cache_mb]
+    traits = [_gpu(device), *sizes, settings.launcher, settings.launcher_args]
     digest = hashlib.sha256(msgspec.json.encode(traits)).hexdigest()[:8]
     name = f"{device.replace(':', '')}-p{PROTOCOL_VERSION}-{__version__}-{digest}.sock"
     path = socket_folder(settings) / name

@@ -25,6 +25,7 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
+WorkKind = Literal["generate", "embed", "classify", "tag", "rerank"]
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -73,15 +74,16 @@ class Submit(Struct, frozen=True, tag="submit", kw_only=True):
 
     `work` identifies it for re-attachment: while a generation of that `work` is alive its events are
     sent again from sequence 0, and a finished one is answered from memory. `kind` "generate" takes
-    `messages` (with `features`) or `prompt`; "embed" and "classify" take `text`. `priority` 0 is served
-    first, 9 last. `deadline`: in how many seconds the client will cancel, as far as it knows now, None for
-    never. It is a hint for who is to run and who had better be refused, and ends nothing: the client's
-    clock may stand still, and somebody else may have come to listen.
+    `messages` (with `features`) or `prompt`; "embed", "classify" and "tag" take `text`; "rerank" takes a
+    query, `text`, and `documents`. `dimensions`: how many of an embedding's are wanted, None for all.
+    `priority` 0 is served first, 9 last. `deadline`: in how many seconds the client will cancel, as far as
+    it knows now, None for never. It is a hint for who is to run and who had better be refused, and ends
+    nothing: the client's clock may stand still, and somebody else may have come to listen.
     """
 
     call: int
     model: str
-    kind: Literal["generate", "embed", "classify"]
+    kind: WorkKind
     work: str
     request_id: str
     messages: list[dict[str, str]] | None = None
@@ -91,6 +93,8 @@ class Submit(Struct, frozen=True, tag="submit", kw_only=True):
     options: Options = Options()
     deadline: float | None = None
     priority: int = 5
+    documents: list[str] = []
+    dimensions: int | None = None
 
 
 class Cancel(Struct, frozen=True, tag="cancel", kw_only=True):
@@ -134,11 +138,21 @@ class Tokens(Struct, frozen=True, tag="tokens", kw_only=True):
     text: str
 
 
+class Entity(Struct, frozen=True):
+    """What a text names: its characters [start, end), its label, and the probability of that, 0 to 1."""
+
+    label: str
+    score: float
+    start: int
+    end: int
+
+
 class Done(Struct, frozen=True, tag="done", kw_only=True):
     """The end of a piece of work.
 
     A generation: `text` whole, `finish`, token counts, milliseconds, `logprobs` where asked for. An
-    embedding: `vector` as little-endian float32. A classification: `scores` in the order of the model's labels.
+    embedding: `vector` as little-endian float32. A classification: `scores` in the order of the model's
+    labels. A ranking: `scores` in the order of the documents. A tagging: `entities` in the order of the text.
     """
 
     call: int
@@ -153,6 +167,7 @@ class Done(Struct, frozen=True, tag="done", kw_only=True):
     vector: bytes = b""
     scores: list[float] = []
     logprobs: list[Logprob] = []
+    entities: list[Entity] = []
 
 
 class Fault(Struct, frozen=True, tag="fault", kw_only=True):

@@ -15,12 +15,13 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `device` is "cpu", "cuda", "cuda:N", or "auto": the task manager's first `CUDA_VISIBLE_DEVICES`, else
     the CPU. `threads` 0 leaves the number to ONNX Runtime. `slots` generations run at once, `queue`
-    more may wait. All times are in seconds: the host stays `linger_s` after its last client; work whose
-    client was lost goes on for `linger_work_s`; a host must listen within `start_timeout_s`, and is
-    taken for dead after `silence_s` without a word. `launcher` is the module that is run as the host,
-    with `launcher_args`. A host's metrics are at `metrics_host`:`metrics_port`, 0 being any free port, None
-    nowhere; of jobs that share a host, the one that starts it says where. `speculation`: what
-    a text said before may be guessed to come next, where that is faster; it changes no reply.
+    more may wait. What encoders have said is kept in about `cache_mb` megabytes, 0 keeps nothing. With
+    `speculation`, what a text said before is guessed to come next, where that is faster; it changes no
+    reply. All times are in seconds: the host stays `linger_s` after its last client; work whose client was
+    lost goes on for `linger_work_s`; a host must listen within `start_timeout_s`, and is taken for dead after
+    `silence_s` without a word. `launcher` is the module that is run as the host, with `launcher_args`. A
+    host's metrics are at `metrics_host`:`metrics_port`, 0 being any free port, None nowhere; of jobs that
+    share a host, the one that starts it says where.
     """
 
     engine: Literal["host", "embedded"] = "host"
@@ -29,6 +30,7 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     slots: Annotated[int, Meta(ge=1, le=1024)] = 16
     queue: Annotated[int, Meta(ge=1)] = 4096
     speculation: bool = True
+    cache_mb: Annotated[float, Meta(ge=0)] = 64.0
     linger_s: Annotated[float, Meta(ge=0)] = 30.0
     linger_work_s: Annotated[float, Meta(ge=0)] = 30.0
     start_timeout_s: Annotated[float, Meta(gt=0)] = 60.0

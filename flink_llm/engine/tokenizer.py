@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as HfTokenizer
 
@@ -13,11 +13,22 @@ WINDOW = 8
 """Tokens decoded together: a character of UTF-8 has at most four bytes, each at most one token."""
 
 
+class Spans(NamedTuple):
+    """A text's tokens: `ids`, and for each its characters [start, end) in the text and the number of its word.
+
+    The special tokens around a text have no word.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    words: list[int | None]
+
+
 class Tokenizer:
     """A Hugging Face `tokenizer.json`. Safe to share between threads.
 
     Ids are below `size`. `longest`: characters of its longest token. `marks`: special tokens that it puts
-    around a text.
+    around a text, `pair_marks` those around a pair of them.
     Raises ModelFolderError for what is no tokenizer, or one that knows tokens the model does not.
     """
 
@@ -37,6 +48,7 @@ class Tokenizer:
         self._special = {token: str(kind.content) for token, kind in added.items() if kind.special}
         self.longest = max(map(len, vocabulary), default=1)
         self.marks: int = self._text.num_special_tokens_to_add(False)
+        self.pair_marks: int = self._text.num_special_tokens_to_add(True)
         self.size = max(vocabulary.values(), default=-1) + 1
         if vocab_size is not None and self.size > vocab_size:
             raise ModelFolderError(
@@ -75,9 +87,33 @@ class Tokenizer:
             ids.truncate(limit - self.marks)
         return list(self._text.post_process(ids, add_special_tokens=True).ids)
 
-    def encode_for_encoder(self, text: str, limit: int) -> list[int]:
-        """As `encode_marked`."""
-        return self.encode_marked(text, limit)
+    def encode_pair(self, first: str, second: str, limit: int) -> tuple[list[int], list[int]]:
+        """Tokens of two texts with the special ones that belong around a pair, at most `limit`; and which of the
+        two each token belongs to, as the model's `token_type_ids`.
+
+        The longer one is cut first. Empty when one of them has no tokens of its own.
+        """
+        one, other = (
+            self._text.encode(text[: limit * self.longest], add_special_tokens=False) for text in (first, second)
+        )
+        if not (one.ids and other.ids):
+            return [], []
+        for ids, length in zip((one, other), _cut(len(one), len(other), limit - self.pair_marks), strict=True):
+            if length < len(ids):
+                ids.truncate(length)
+        both = self._text.post_process(one, other, add_special_tokens=True)
+        return list(both.ids), list(both.type_ids)
+
+    def encode_spans(self, text: str) -> Spans:
+        """All of a user's text with the special tokens that belong around it, and where each token stands.
+
+        Empty for a text that has no tokens of its own.
+        """
+        ids = self._text.encode(text, add_special_tokens=False)
+        if not ids.ids:
+            return Spans([], [], [])
+        found = self._text.post_process(ids, add_special_tokens=True)
+        return Spans(list(found.ids), list(found.offsets), list(found.word_ids))
 
     def holds_special(self, text: str) -> bool:
         """Whether the text of a special token is in it."""
@@ -95,6 +131,14 @@ class Tokenizer:
         """The id of a token by its text, None for an unknown one."""
         found: int | None = self._template.token_to_id(name)
         return found
+
+
+def _cut(first: int, second: int, room: int) -> tuple[int, int]:
+    """What of two lengths fits into `room`: `longest_first`, as the tokenizers of models are made to cut."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second, room // 2)
+    return (shorter, room - shorter) if first <= second else (room - shorter, shorter)
 
 
 def _unprefixed(definition: Any) -> Any:
