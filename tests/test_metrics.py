@@ -16,11 +16,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from flink_llm import config
 from flink_llm.engine import metrics_endpoint
 from flink_llm.engine.client import open_engine
-from flink_llm.engine.generation import Embedder, Model
+from flink_llm.engine.generation import Model
 from flink_llm.engine.launch import _command
 from flink_llm.engine.metrics import Metrics
 from flink_llm.engine.metrics_endpoint import MetricsEndpoint
 from flink_llm.engine.place import socket_path
+from flink_llm.engine.readers import Embedder
 from flink_llm.engine.settings import HostSettings
 from flink_llm.errors import ConfigError, RecordError
 from tests import tiny
