@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from flink_llm.engine.deployment import CanaryBounds
 
+LEAST_MS = 1.0
+"""Times below are not told apart: they are the machine's, not a model's."""
+
 
 class Sample(NamedTuple):
     """What a request came to. Times are in milliseconds, None where there was none to measure."""
@@ -35,11 +38,6 @@ class Window:
         """How many of them failed."""
         return sum(sample.failed for sample in self._samples)
 
-    @property
-    def failure_rate(self) -> float:
-        """Their share; 0 of none."""
-        return self.failures / len(self._samples) if self._samples else 0.0
-
     def times(self, name: str) -> list[float]:
         """The times `first_ms` or `per_token_ms`, of those that have one."""
         return [time for sample in self._samples if (time := getattr(sample, name)) is not None]
@@ -50,8 +48,8 @@ class Canary:
     the reason why not, with the figures.
 
     It fails by `bounds.max_failure_rate` once more of its requests have failed than may in a whole window,
-    so a version that answers nothing is gone after a few; not while the others fail as often, since it is then
-    the host that fails. Times are compared once both sides have `least` of them.
+    so a version that answers nothing is gone after a few; not while the others are past the same bound, since it
+    is then the host that fails. Times are compared once both sides have `least` of them.
     """
 
     def __init__(self, bounds: CanaryBounds) -> None:
@@ -74,12 +72,13 @@ class Canary:
         It is slow as far as one can know if the wait was past the bound already, and else it says nothing.
         """
         others = self._others.times("first_ms")
-        if others and waited_ms > self._bounds.max_latency_ratio * median(others):
+        if others and waited_ms > max(self._bounds.max_latency_ratio * median(others), LEAST_MS):
             self.note(Sample(first_ms=waited_ms), canary=True)
 
     def _failing(self) -> str | None:
         own, others, bound = self._own, self._others, self._bounds.max_failure_rate
-        if own.failures <= bound * self._bounds.window or own.failure_rate <= others.failure_rate:
+        allowed = bound * self._bounds.window
+        if own.failures <= allowed or others.failures > allowed:
             return None
         return (
             f"{own.failures} of its last {own.count} requests failed, more than {bound:.0%} of {self._bounds.window}; "
@@ -91,6 +90,6 @@ class Canary:
         if min(len(own), len(others)) < self.least:
             return None
         took, usual, bound = median(own), median(others), self._bounds.max_latency_ratio
-        if took <= bound * usual:
+        if took <= max(bound * usual, LEAST_MS):
             return None
         return f"it takes {took:.1f} ms {what}, more than {bound:g} times the others' {usual:.1f} (medians)"

@@ -36,7 +36,7 @@ class CanaryBounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     max_failure_rate: Annotated[float, Meta(ge=0, lt=1)] = 0.05
     max_latency_ratio: Annotated[float, Meta(gt=1)] = 2.0
-    window: Annotated[int, Meta(ge=10, le=10_000)] = 100
+    window: Annotated[int, Meta(ge=10, le=1000)] = 100
 
 
 class Version(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -206,6 +206,7 @@ class Generation(AsyncIterator[TokenRecord]):
         self._events: AsyncIterator[Event] | None = None
         self._over = False
         self._began = 0.0
+        self._spoke = ""
         self.generation_id = ""
         self.finish_reason: FinishReason = "cancelled"
         self.usage = Usage()
@@ -231,7 +232,7 @@ class Generation(AsyncIterator[TokenRecord]):
             text=self.text,
             finish_reason=self.finish_reason,
             model=self._model.name,
-            model_hash=self._model.loaded.sha256,
+            model_hash=self._spoke or self._model.loaded.sha256,
             generation_id=self.generation_id,
             usage=self.usage,
             timings=self.timings,
@@ -306,6 +307,7 @@ class Generation(AsyncIterator[TokenRecord]):
 
     def _said(self, event: Tokens) -> TokenRecord:
         self.generation_id = self._info.last_generation = event.generation
+        self._spoke = event.model or self._spoke
         self._pieces.append(event.text)
         return TokenRecord(
             request_id=self._info.request_id,
@@ -317,6 +319,7 @@ class Generation(AsyncIterator[TokenRecord]):
     def _done(self, event: Done) -> None:
         self.generation_id = self._info.last_generation = event.generation
         self.finish_reason = event.finish
+        self._spoke = event.model or self._spoke
         self._pieces = [event.text]
         self.usage = Usage(prompt_tokens=event.prompt_tokens, completion_tokens=event.completion_tokens)
         self.timings = Timings(
@@ -352,7 +355,7 @@ class Embedder(_Served):
         """The embedding of a text. Raises RecordError, Overloaded, Outage."""
         done = await self._finish(text, "embed")
         vector = np.frombuffer(done.vector, dtype="<f4")
-        return Embedding(vector, self.name, self.loaded.sha256, Usage(prompt_tokens=done.prompt_tokens))
+        return Embedding(vector, self.name, done.model or self.loaded.sha256, Usage(prompt_tokens=done.prompt_tokens))
 
 
 class Classification(Struct, frozen=True):
@@ -377,7 +380,7 @@ class Classifier(_Served):
         scores = dict(zip(self.loaded.labels, done.scores, strict=True))
         best = max(scores, key=scores.__getitem__)
         usage = Usage(prompt_tokens=done.prompt_tokens)
-        return Classification(best, scores, self.name, self.loaded.sha256, usage)
+        return Classification(best, scores, self.name, done.model or self.loaded.sha256, usage)
 
 
 def fault_error(fault: Fault) -> Exception:

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from flink_llm import __version__
 from flink_llm.engine.faults import fault_of
+from flink_llm.engine.fleet import Fleet
 from flink_llm.engine.place import held_file, socket_path
 from flink_llm.engine.protocol import (
     PROTOCOL_VERSION,
@@ -287,7 +288,8 @@ def _refuse(why: str) -> None:
 def _onnx(settings: HostSettings) -> Backend:
     from flink_llm.engine.engine import OnnxBackend  # ONNX Runtime, for the host only
 
-    return OnnxBackend(settings, when_dead=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    engine = OnnxBackend(settings, when_dead=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    return Fleet(engine, settings.memory_mb)
 
 
 def command(
@@ -301,6 +303,7 @@ def command(
     @click.option("--threads", default=0, help="CPU threads; 0 leaves it to ONNX Runtime.")
     @click.option("--slots", default=16, show_default=True, help="Generations at once.")
     @click.option("--queue", default=4096, show_default=True, help="Requests that may wait.")
+    @click.option("--memory-mb", type=click.IntRange(1), help="What all models may take together; no bound if absent.")
     @click.option("--linger", default=30.0, show_default=True, help="Seconds to stay without a client.")
     @click.option("--linger-work", default=LINGER_S, show_default=True, help="Seconds to work for a lost one.")
     @click.argument("extra", nargs=-1)

@@ -15,7 +15,8 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `device` is "cpu", "cuda", "cuda:N", or "auto": the task manager's first `CUDA_VISIBLE_DEVICES`, else
     the CPU. `threads` 0 leaves the number to ONNX Runtime. `slots` generations run at once, `queue`
-    more may wait. All times are in seconds: the host stays `linger_s` after its last client; work whose
+    more may wait. `memory_mb` is what all models of the host may take together, their KV caches among it;
+    None sets no bound. All times are in seconds: the host stays `linger_s` after its last client; work whose
     client was lost goes on for `linger_work_s`; a host must listen within `start_timeout_s`, and is
     taken for dead after `silence_s` without a word. `launcher` is the module that is run as the host,
     with `launcher_args`.
@@ -26,6 +27,7 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     threads: Annotated[int, Meta(ge=0)] = 0
     slots: Annotated[int, Meta(ge=1, le=1024)] = 16
     queue: Annotated[int, Meta(ge=1)] = 4096
+    memory_mb: Annotated[int, Meta(ge=1)] | None = None
     linger_s: Annotated[float, Meta(ge=0)] = 30.0
     linger_work_s: Annotated[float, Meta(ge=0)] = 30.0
     start_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
