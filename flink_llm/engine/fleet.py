@@ -74,25 +74,30 @@ class _Run:
         self._emit(event)
 
     def cancel(self) -> None:
-        """Nobody wants it any more."""
+        """Nobody wants it any more. What it said until then counts, and so does a long silence."""
         self.stop()
-        if not self.over:
-            self._end(None)
+        self._end(None if self._first is None else Sample(first_ms=self._first_ms))
+
+    @property
+    def silent_ms(self) -> float:
+        """For how long it has said nothing; 0 once it has."""
+        return (time.monotonic() - self._began) * 1000 if self._first is None else 0.0
+
+    @property
+    def _first_ms(self) -> float:
+        return 0.0 if self._first is None else (self._first - self._began) * 1000
 
     def _end(self, sample: Sample | None) -> None:
-        if self.over:
-            return
-        self.over = True
-        self._fleet.ended(self, sample, (time.monotonic() - self._began) * 1000 if self._first is None else 0.0)
+        if not self.over:
+            self.over = True
+            self._fleet.ended(self, sample)
 
     def _sample(self, last: Done | Fault) -> Sample | None:
         """What it came to, None for what is no matter of the version: the record's fault, a full queue."""
         if isinstance(last, Fault):
             return Sample(failed=True) if last.kind == "outage" or last.code == "model_error" else None
-        first = self._began if self._first is None else self._first
-        further = last.completion_tokens - 1
-        per_token = (time.monotonic() - first) * 1000 / further if further > 0 else None
-        return Sample(first_ms=(first - self._began) * 1000, per_token_ms=per_token)
+        further, since = last.completion_tokens - 1, time.monotonic() - (self._first or 0.0)
+        return Sample(first_ms=self._first_ms, per_token_ms=since * 1000 / further if further > 0 else None)
 
 
 class Fleet:
@@ -145,8 +150,8 @@ class Fleet:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._shelf.close()
 
-    def ended(self, run: _Run, sample: Sample | None, silent_ms: float) -> None:
-        """A piece of work is over: with what it came to, or given up after `silent_ms` without a word."""
+    def ended(self, run: _Run, sample: Sample | None) -> None:
+        """A piece of work is over, with what it came to; None when that says nothing of its version."""
         held, live = run.held, run.live
         held.running -= 1
         held.used = time.monotonic()
@@ -154,7 +159,7 @@ class Fleet:
             if sample is not None:
                 failed = run.routes.ended(run.number, sample)
             else:
-                failed = run.routes.abandoned(run.number, silent_ms) if silent_ms else []
+                failed = run.routes.abandoned(run.number, run.silent_ms)
             for number, why in failed:
                 canary = live.models[number]
                 canary.deployments.discard(live.id)
