@@ -23,6 +23,7 @@ from flink_llm.engine import client as client_module
 from flink_llm.engine import connection, launch
 from flink_llm.engine import host as host_module
 from flink_llm.engine.client import HostClient, open_engine
+from flink_llm.engine.deployment import deployment_id
 from flink_llm.engine.host import Host
 from flink_llm.engine.launch import start_host
 from flink_llm.engine.place import held_file, socket_path
@@ -190,6 +191,24 @@ def test_killed_host_is_an_outage_and_the_next_one_answers(folder: Path) -> None
         assert client.outage_since is None
         (second,) = hosts(folder)
         assert second.pid != first.pid
+
+    run(settings_in(folder), case)
+
+
+def test_a_deployment_is_found_again_by_the_next_host(folder: Path) -> None:
+    async def case(client: HostClient) -> None:
+        file = folder / "chat.yaml"
+        file.write_text("versions: [{folder: echo}]")
+        loaded = await client.load(str(file))
+        assert (loaded.name, loaded.sha256) == ("chat", deployment_id(str(file)))
+        before = (await answer(client, work(loaded.sha256)))[-1]
+        [process] = hosts(folder)
+        process.kill()
+        await until(lambda: client.outage_since is not None)
+        after = (await answer(client, work(loaded.sha256)))[-1]
+        assert after.model == before.model != ""
+        assert after.generation != before.generation
+        assert client.outage_since is None
 
     run(settings_in(folder), case)
 

@@ -89,10 +89,11 @@ class Stage:
         await model.load()
         return model
 
-    async def ask(self, model: str, request: str | None = None, **options: Any) -> list[Event]:
+    async def ask(self, model: str, request: str | None = None, again: str = "", **options: Any) -> list[Event]:
+        """What a request hears; `again` makes other work of the same request id."""
         name = request or f"request-{next(self._number)}"
         work = Submit(
-            call=0, model=model, kind="generate", work=name, request_id=name, prompt=f"say {name}",
+            call=0, model=model, kind="generate", work=name + again, request_id=name, prompt=f"say {name}",
             options=Options(**{"max_tokens": 4, **options}),
         )  # fmt: skip
         return [event async for event in self.client.submit(work)]
@@ -339,11 +340,13 @@ def test_versions_share_the_requests_by_their_weights_and_an_id_stays_with_its_v
         texts = {each: (await stage.ask(name, each))[-1].text for each in (f"id-{n}" for n in range(800))}
         shares = Counter(texts.values())
         assert shares["two"] / 800 == pytest.approx(0.25, abs=0.05)
+        again = {each: (await stage.ask(name, each, "again"))[-1].text for each in texts}
+        assert again == texts
         stage.write({"folder": "v1", "weight": 50}, {"folder": "v2", "weight": 50})
         await asyncio.sleep(0.2)
-        started = stage.backend.started
-        assert {each: (await stage.ask(name, each))[-1].text for each in texts} == texts
-        assert stage.backend.started == started  # answered from memory, whatever the weights are by now
+        later = {each: (await stage.ask(name, each, "later"))[-1].text for each in texts}
+        assert Counter(later.values())["two"] / 800 == pytest.approx(0.5, abs=0.06)
+        assert all(later[each] == "two" for each, text in texts.items() if text == "two")
 
     run(folder, ScriptedBackend({"v1": Script(text="one"), "v2": Script(text="two")}), case)
 

@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -51,6 +51,14 @@ class Deployment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a file says. After `read_deployment` the folders are absolute."""
 
     versions: Annotated[list[Version], Meta(min_length=1, max_length=64)]
+
+
+class Traits(NamedTuple):
+    """What of a model a deployment looks at: its manifest's hash, and what its clients rely on."""
+
+    sha256: str
+    kind: str
+    labels: list[str]
 
 
 def is_deployment(path: str) -> bool:
@@ -91,6 +99,20 @@ def _check(versions: Sequence[Version]) -> None:
             raise ConfigError(f"versions[{number}].folder: {version.folder} is versions[{first}] already")
     if not any(version.weight for version in versions if version.canary is None):
         raise ConfigError("versions: one that is no canary must have a weight: it takes over when a canary fails")
+
+
+def check_alike(path: str | Path, models: Sequence[Traits], like: Traits | None = None) -> None:
+    """Raises ConfigError unless the versions of a file can stand for each other, and for `like`, and are different."""
+    like = like or models[0]
+    for number, model in enumerate(models):
+        if (model.kind, model.labels) != (like.kind, like.labels):
+            raise ConfigError(
+                f"{path}: versions[{number}].folder is of kind {model.kind!r} with labels {model.labels}, "
+                f"the deployment serves {like.kind!r} with labels {like.labels}"
+            )
+        same = next(first for first, other in enumerate(models) if other.sha256 == model.sha256)
+        if same != number:
+            raise ConfigError(f"{path}: versions[{number}].folder is the same model as versions[{same}]")
 
 
 def place_of(request_id: str, salt: str) -> float:

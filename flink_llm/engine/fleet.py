@@ -15,12 +15,12 @@ from typing import Any
 import msgspec
 
 from flink_llm.engine.canary import Sample
-from flink_llm.engine.deployment import Deployment, deployment_id, is_deployment, read_deployment
+from flink_llm.engine.deployment import Deployment, Traits, check_alike, deployment_id, is_deployment, read_deployment
 from flink_llm.engine.faults import fault_of
 from flink_llm.engine.protocol import Done, Event, Fault, Loaded, Submit, Tokens
 from flink_llm.engine.routing import Routes
 from flink_llm.engine.stock import Held, Shelf, Stock
-from flink_llm.errors import ConfigError, FlinkLlmError, ModelFolderError
+from flink_llm.errors import FlinkLlmError, ModelFolderError
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.5
@@ -196,7 +196,8 @@ class Fleet:
         """Makes a deployment what its file says now, whole or not at all."""
         deployment = await asyncio.to_thread(read_deployment, live.path)
         models = [await self._stock.look(version.folder) for version in deployment.versions]
-        self._check(live, models)
+        check_alike(live.path, [_traits(held.loaded) for held in models], live.loaded and _traits(live.loaded))
+        self._stock.check_together(models, live.path)
         joining = [held for held in models if live.id not in held.deployments]
         for held in joining:
             held.deployments.add(live.id)
@@ -217,22 +218,6 @@ class Fleet:
         for held in models:
             held.deployments.discard(live.id)
         self._spawn(self._stock.sweep())
-
-    def _check(self, live: _Live, models: list[Held]) -> None:
-        """Raises ConfigError for versions that cannot stand for each other, ModelFolderError for too large ones."""
-        like = live.loaded or models[0].loaded
-        for number, held in enumerate(models):
-            found = held.loaded
-            if (found.kind, found.labels) != (like.kind, like.labels):
-                raise ConfigError(
-                    f"{live.path}: versions[{number}].folder is of kind {found.kind!r} with labels {found.labels}, "
-                    f"the deployment serves {like.kind!r} with labels {like.labels}"
-                )
-            if held in models[:number]:
-                raise ConfigError(
-                    f"{live.path}: versions[{number}].folder is the same model as versions[{models.index(held)}]"
-                )
-        self._stock.check_together(models, live.path)
 
     async def _watch(self) -> None:
         while True:
@@ -282,6 +267,10 @@ def _content(path: str) -> bytes | None:
 def _as_one(live: _Live, versions: Sequence[Loaded]) -> Loaded:
     shortest = min(version.context_length for version in versions)
     return msgspec.structs.replace(versions[0], name=Path(live.path).stem, sha256=live.id, context_length=shortest)
+
+
+def _traits(loaded: Loaded) -> Traits:
+    return Traits(loaded.sha256, loaded.kind, loaded.labels)
 
 
 def _short(held: Held) -> str:
