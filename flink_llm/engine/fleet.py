@@ -196,7 +196,8 @@ class Fleet:
         """Makes a deployment what its file says now, whole or not at all."""
         deployment = await asyncio.to_thread(read_deployment, live.path)
         models = [await self._stock.look(version.folder) for version in deployment.versions]
-        check_alike(live.path, [_traits(held.loaded) for held in models], live.loaded and _traits(live.loaded))
+        like = None if live.loaded is None else _traits(live.loaded)
+        check_alike(live.path, [_traits(held.loaded) for held in models], like)
         self._stock.check_together(models, live.path)
         joining = [held for held in models if live.id not in held.deployments]
         for held in joining:
