@@ -196,6 +196,21 @@ def test_a_swap_under_load_drops_nothing_and_lets_go_of_the_old_one(folder: Path
     run(folder, OnnxBackend(SETTINGS), case)
 
 
+def test_swap_after_swap_answers_every_request_once(folder: Path, models: Path) -> None:
+    async def case(stage: Stage) -> None:
+        stage.write(models / "v1")
+        name = (await stage.client.load(str(stage.file))).sha256
+        async with stream(stage, name) as heard:
+            for version in ("v2", "v3", "v1", "v3", "v2"):
+                stage.write(models / version)
+                await until_answered_by(stage, name, hash_of(models / version))
+        assert all(isinstance(events[-1], Done) and events[-1].completion_tokens for events in heard.values())
+        assert {events[-1].model for events in heard.values()} <= {hash_of(models / f"v{n}") for n in (1, 2, 3)}
+        await until(lambda: list(stage.backend._models) == [hash_of(models / "v2")])
+
+    run(folder, OnnxBackend(SETTINGS), case)
+
+
 def test_work_ends_on_the_version_that_it_began_with(folder: Path) -> None:
     scripts = {"v1": Script(text="old " * 40, tokens=40, gap_ms=15), "v2": Script(text="new")}
 
@@ -285,6 +300,59 @@ def test_a_file_that_cannot_be_taken_is_one_line_in_the_log_and_changes_nothing(
 
     caplog.set_level(logging.ERROR)
     run(folder, ScriptedBackend(scripts), case)
+
+
+def test_a_file_that_is_being_written_is_not_taken_half(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The looks are the test's own: the watch sleeps meanwhile."""
+    backend = ScriptedBackend({name: Script() for name in ("v1", "v2", "v3")})
+    file = folder / "chat.yaml"
+
+    async def case() -> None:
+        fleet = Fleet(backend)
+        file.write_text("versions: [{folder: v1}]")
+        live = fleet._live[(await fleet.load(str(file), None)).sha256]
+
+        async def look() -> set[str]:
+            await fleet._look_again(live)
+            await asyncio.sleep(0.01)
+            return {held.loaded.name for held in live.models}
+
+        file.write_text("versions: [{folder: v2}]")
+        assert await look() == {"v1"}
+        file.write_text("versions: [{folder: v2}, {folder: v3}]")
+        assert await look() == {"v1"}
+        assert await look() == {"v2", "v3"}
+        file.write_text("versions: [{folder: v1}]")
+        assert await look() == {"v2", "v3"}
+        file.write_text("versions: [{folder: v2}, {folder: v3}]")
+        assert [await look(), await look()] == [{"v2", "v3"}] * 2
+        await fleet.close()
+
+    monkeypatch.setattr(fleet_module, "WATCH_S", 60.0)
+    asyncio.run(case())
+
+
+def test_a_version_that_cannot_be_loaded_takes_no_other_with_it_into_memory(
+    folder: Path, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = folder / "broken"
+    shutil.copytree(models / "v3", broken)
+    (broken / "model.onnx").write_bytes(b"no graph")
+    tiny.changed(broken)
+
+    async def case(stage: Stage) -> None:
+        stage.write(models / "v1")
+        name = (await stage.client.load(str(stage.file))).sha256
+        stage.write(models / "v2", broken)
+        await until(lambda: "the graph cannot be loaded" in caplog.text)
+        await until(lambda: list(stage.backend._models) == [hash_of(models / "v1")])
+        assert await stage.answers(name, hash_of(models / "v1"))
+        stage.write({"folder": str(models / "v1"), "weight": 1}, {"folder": str(broken), "weight": 0})
+        await asyncio.sleep(0.3)
+        assert await stage.answers(name, hash_of(models / "v1"))
+
+    caplog.set_level(logging.ERROR)
+    run(folder, OnnxBackend(SETTINGS), case)
 
 
 def test_a_file_whose_folder_comes_later_is_taken_then(folder: Path, models: Path) -> None:

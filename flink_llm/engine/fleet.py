@@ -179,10 +179,13 @@ class Fleet:
                 run.hear(fault_of(error))
 
     async def _load_deployment(self, path: str, expected: str | None) -> Loaded:
+        live = self._live.get(deployment_id(path)) or _Live(path)
+        if expected not in (None, live.id):
+            raise ModelFolderError(f"{path} is a deployment, no model {str(expected)[:12]}")
+        if live.loaded is not None:  # and it waits for no other's load
+            return live.loaded
         async with self._deploying:
-            live = self._live.get(deployment_id(path)) or _Live(path)
-            if expected not in (None, live.id):
-                raise ModelFolderError(f"{path} is a deployment, no model {str(expected)[:12]}")
+            live = self._live.get(live.id, live)
             loaded = live.loaded
             if loaded is None:
                 live.content = await asyncio.to_thread(_content, path)
