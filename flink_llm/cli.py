@@ -234,6 +234,20 @@ def export(source: str, to: Path, name: str | None, precision: Any, task: Any, t
 
 
 @main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--slots", default=16, show_default=True, type=click.IntRange(1), help="Generations at once.")
+def models(path: Path, slots: int) -> None:
+    """Check a model folder or a deployment file, and print what it holds.
+
+    Every file is compared with its manifest. MB is what a host reckons against `host.memory_mb`.
+    """
+    from flink_llm.local.models import table
+
+    for line in table(path, slots):
+        click.echo(line)
+
+
+@main.command()
 @click.option("--config", required=True, type=click.Path(path_type=Path), help="The job's YAML file.")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 def package(config: Path, to: Path) -> None:

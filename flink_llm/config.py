@@ -5,16 +5,13 @@ variable and `${file:PATH}` for a file's content, which is where secrets belong;
 Paths are relative to the file.
 """
 
-import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 from msgspec import Meta, Struct
 
 from flink_llm import config_file
@@ -22,6 +19,7 @@ from flink_llm.call import OperatorSettings
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.errors import ConfigError
 from flink_llm.feature_settings import FeatureSettings
+from flink_llm.fitting import fitted
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.kafka_settings import PATHS, KafkaSettings, addresses
 from flink_llm.names import check_model, check_topic, unknown
@@ -132,12 +130,7 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ, *, strict: b
 
 def parse(raw: dict[str, Any], folder: Path) -> JobConfig:
     """A checked configuration of plain values; paths are taken relative to `folder`. Raises ConfigError."""
-    fitted = _fitted(raw, JobConfig, "")
-    try:
-        config = msgspec.convert(fitted, JobConfig)
-    except msgspec.ValidationError as error:  # a key that is missing: all that is there fits
-        text, _, path = str(error).partition(" - at `$")
-        raise ConfigError(f"{path.rstrip('`').lstrip('.') or 'configuration'}: {text}") from error
+    config = fitted(raw, JobConfig, "configuration")
     _check_topics(config.topics)
     _check_chat(config)
     _check_flink(config.flink)
@@ -203,7 +196,10 @@ def _placed(config: JobConfig, folder: Path) -> JobConfig:
         return msgspec.structs.replace(section, **{name: place(getattr(section, name)) for name in names})
 
     changes = {
-        "models": {name: place(path) for name, path in config.models.items()},
+        # A link stays one: a deployment file may be exchanged by it, and its path is what its work is found by.
+        "models": {
+            name: path if "://" in path else os.path.abspath(folder / path) for name, path in config.models.items()
+        },
         "flink": put(config.flink, "checkpoint_dir"),
         "host": put(config.host, "socket_dir"),
     }
@@ -215,57 +211,3 @@ def _placed(config: JobConfig, folder: Path) -> JobConfig:
     stores = {name: place(properties[name]) for name in PATHS if name in properties}
     changes["kafka"] = msgspec.structs.replace(config.kafka, properties={**properties, **stores})
     return msgspec.structs.replace(config, **changes)
-
-
-def _fitted(value: Any, kind: Any, where: str) -> Any:
-    """`value` checked against the type `kind` part by part, so that an error names the very key.
-
-    Texts stay as they are but for references, which may stand for numbers; a map of texts takes other
-    scalars too, written as YAML writes them.
-    """
-    for option in _options(kind):
-        if isinstance(value, dict) and isinstance(option, type) and issubclass(option, Struct):
-            fields = {field.name: field for field in msgspec.structs.fields(option)}
-            for name in value.keys() - fields:
-                raise ConfigError(unknown(where or "configuration", name, fields))
-            kept = {name: item for name, item in value.items() if fields[name].required or not _is_unset(item)}
-            return {name: _fitted(item, fields[name].type, _below(where, name)) for name, item in kept.items()}
-        if isinstance(value, dict) and (option is Any or get_origin(option) is dict):
-            of = Any if option is Any else get_args(option)[1]
-            texts = {name: _as_text(item) if of is str else item for name, item in value.items()}
-            return {name: _fitted(item, of, _below(where, name)) for name, item in texts.items()}
-        if isinstance(value, list) and (option is Any or get_origin(option) is list):
-            of = Any if option is Any else get_args(option)[0]
-            return [_fitted(item, of, f"{where}[{number}]") for number, item in enumerate(value)]
-    return _scalar(value, kind, where)
-
-
-def _scalar(value: Any, kind: Any, where: str) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: {value} is no number to work with")
-    try:
-        return msgspec.convert(str(value) if isinstance(value, str) else value, kind)
-    except msgspec.ValidationError as error:
-        if isinstance(value, config_file.Referenced):
-            read = yaml.safe_load(value)
-            if not isinstance(read, str):
-                return _scalar(read, kind, where)
-        raise ConfigError(f"{where or 'configuration'}: {error}") from error
-
-
-def _options(kind: Any) -> list[Any]:
-    """The types that a union is made of, without what `Annotated` adds to them."""
-    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
-
-
-def _as_text(item: Any) -> Any:
-    return item if item is None or isinstance(item, (str, dict, list)) else str(item).lower()
-
-
-def _is_unset(item: Any) -> bool:
-    return isinstance(item, config_file.Unset) or (isinstance(item, list) and any(_is_unset(each) for each in item))
-
-
-def _below(where: str, name: str) -> str:
-    return f"{where}.{name}".lstrip(".")

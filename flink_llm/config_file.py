@@ -38,6 +38,11 @@ class _Loader(yaml.SafeLoader):
 
 def read(path: Path) -> dict[str, Any]:
     """The file's values, references as they are. Raises ConfigError, one line."""
+    return mapping(path, "a configuration is a mapping with at least `job` and `name`")
+
+
+def mapping(path: Path, otherwise: str) -> dict[str, Any]:
+    """The file's values; `otherwise` says what they should be if they are no mapping. Raises ConfigError, one line."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except ConfigError as error:
@@ -51,7 +56,7 @@ def read(path: Path) -> dict[str, Any]:
     ) as error:  # ValueError: bytes that are no text, impossible dates
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping with at least `job` and `name`")
+        raise ConfigError(f"{path}: {otherwise}")
     return raw
 
 

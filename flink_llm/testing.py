@@ -22,6 +22,7 @@ from flink_llm import codec
 from flink_llm.arrivals import Arrival, Keyer, KeySpec
 from flink_llm.call import OperatorSettings
 from flink_llm.engine import host
+from flink_llm.engine.fleet import Fleet
 from flink_llm.engine.generation import Model
 from flink_llm.engine.protocol import Done, Entity, Event, Fault, Loaded, Submit, Tokens
 from flink_llm.engine.readers import Classifier, Embedder, Reranker, Tagger
@@ -75,12 +76,22 @@ class ScriptedBackend:
 
     async def load(self, folder: str, sha256: str | None) -> Loaded:
         """See `Backend.load`."""
+        loaded, _ = await self.look(folder, sha256)
+        self._by_hash[loaded.sha256] = self._scripts[loaded.name]
+        return loaded
+
+    async def look(self, folder: str, sha256: str | None) -> tuple[Loaded, int]:
+        """See `Shelf.look`. A script takes no memory."""
         name = Path(folder).name
         if name not in self._scripts:
             raise ConfigError(f"no script for the model {name!r}")
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        script = self._by_hash[digest] = self._scripts[name]
-        return Loaded(call=0, name=name, sha256=digest, kind=script.kind, context_length=2048, labels=script.labels)
+        script, digest = self._scripts[name], hashlib.sha256(name.encode()).hexdigest()
+        plain = Loaded(call=0, name=name, sha256=digest, kind=script.kind, context_length=2048, labels=script.labels)
+        return plain, 0
+
+    async def unload(self, sha256: str) -> None:
+        """See `Shelf.unload`."""
+        del self._by_hash[sha256]
 
     def start(self, work: Submit, generation: str, emit: Callable[[Event], None]) -> Callable[[], None]:
         """See `Backend.start`."""
@@ -351,7 +362,7 @@ def _scripted(settings: HostSettings) -> Backend:
     if not settings.launcher_args:
         raise ConfigError("host.launcher_args: name the JSON file of scripts")
     scripts = msgspec.json.decode(Path(settings.launcher_args[0]).read_bytes(), type=dict[str, Script])
-    return ScriptedBackend(scripts)
+    return Fleet(ScriptedBackend(scripts), settings.memory_mb)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line: what goes wrong is one line and an exit status, never a trace."""
 
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from flink_llm import cli
+from flink_llm.engine.model import open_model_folder
 from flink_llm.local import broker, demo
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +108,32 @@ def test_a_wipe_that_fails_says_so(tmp_path, monkeypatch):
 def test_the_demos_status_tells_whether_all_was_answered(good, status, monkeypatch, tmp_path):
     monkeypatch.setattr(demo.Demo, "run", lambda self: good)
     assert invoke("demo", "--state", tmp_path).exit_code == status
+
+
+def test_the_models_of_a_deployment_are_shown_in_a_table(tmp_path):
+    tiny.encoder(tmp_path / "v1", "embedding")
+    shutil.copytree(tmp_path / "v1", tmp_path / "v2")
+    tiny.changed(tmp_path / "v2", name="second")
+    (tmp_path / "e.yaml").write_text("versions: [{folder: v1, weight: 3}, {folder: v2, weight: 1, canary: {}}]")
+    result = invoke("models", tmp_path / "e.yaml")
+    head, first, second, last = result.stdout.splitlines()
+    digest = open_model_folder(tmp_path / "v2").sha256[:12]
+    assert head.split() == ["folder", "weight", "model", "hash", "kind", "precision", "context", "MB"]
+    assert first.split()[:3] == ["v1", "3", "embedding"]
+    assert second.split() == ["v2", "1", "canary", "second", digest, "embedding", "fp32", "64", "1"]
+    assert last == "1 MB together, for 16 generations at once"
+    assert invoke("models", tmp_path / "v1").stdout.splitlines()[1].split()[2:] == first.split()[2:]
+
+
+def test_a_deployment_that_no_host_would_take_is_one_line(tmp_path):
+    tiny.encoder(tmp_path / "v1", "embedding")
+    tiny.encoder(tmp_path / "v2", "classifier")
+    file = tmp_path / "e.yaml"
+    file.write_text("versions: [{folder: v1}, {folder: v2}]")
+    assert "versions[1].folder is of kind 'classifier'" in one_line(invoke("models", file))
+    file.write_text("versions: [{folder: v1}, {folder: v3}]")
+    assert one_line(invoke("models", file)) == f"{tmp_path}/v3 is not a model folder: No such file or directory"
+    assert one_line(invoke("models", tmp_path / "f.yaml")) == f"{tmp_path}/f.yaml: No such file or directory"
 
 
 def test_ctrl_c_is_status_130(monkeypatch, tmp_path):

@@ -23,6 +23,7 @@ from flink_llm.engine import client as client_module
 from flink_llm.engine import connection, launch
 from flink_llm.engine import host as host_module
 from flink_llm.engine.client import HostClient, open_engine
+from flink_llm.engine.deployment import deployment_id
 from flink_llm.engine.host import Host
 from flink_llm.engine.launch import start_host
 from flink_llm.engine.place import held_file, socket_path
@@ -190,6 +191,24 @@ def test_killed_host_is_an_outage_and_the_next_one_answers(folder: Path) -> None
         assert client.outage_since is None
         (second,) = hosts(folder)
         assert second.pid != first.pid
+
+    run(settings_in(folder), case)
+
+
+def test_a_deployment_is_found_again_by_the_next_host(folder: Path) -> None:
+    async def case(client: HostClient) -> None:
+        file = folder / "chat.yaml"
+        file.write_text("versions: [{folder: echo}]")
+        loaded = await client.load(str(file))
+        assert (loaded.name, loaded.sha256) == ("chat", deployment_id(str(file)))
+        before = (await answer(client, work(loaded.sha256)))[-1]
+        [process] = hosts(folder)
+        process.kill()
+        await until(lambda: client.outage_since is not None)
+        after = (await answer(client, work(loaded.sha256)))[-1]
+        assert after.model == before.model != ""
+        assert after.generation != before.generation
+        assert client.outage_since is None
 
     run(settings_in(folder), case)
 
@@ -388,6 +407,15 @@ def test_a_host_that_will_not_let_go_is_an_outage(folder: Path, monkeypatch: pyt
         start_host(settings, path)
     with pytest.raises(ConfigError, match="the model host ended at its start"):
         start_host(settings, path)
+
+
+def test_a_memory_budget_makes_another_host_and_reaches_it(folder: Path) -> None:
+    plain, bounded = settings_in(folder), settings_in(folder, memory_mb=700)
+    path = socket_path(bounded)
+    assert path != socket_path(plain)
+    words = launch._command(bounded, "cpu", path)
+    assert words[words.index("--memory-mb") + 1] == "700"
+    assert "--memory-mb" not in launch._command(plain, "cpu", path)
 
 
 def test_a_hosts_log_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

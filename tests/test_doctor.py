@@ -9,6 +9,7 @@ from flink_llm.config import parse
 from flink_llm.engine.settings import HostSettings
 from flink_llm.errors import ConfigError, LocalError
 from flink_llm.local import checks, doctor, jars
+from tests import tiny
 
 
 @pytest.fixture
@@ -152,6 +153,16 @@ def test_what_is_missing_is_said_before_a_job_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "missing_topics", lambda settings, topics: ["chat.tokens"])
     with pytest.raises(ConfigError, match=r"chat.tokens not there: .*local up --topic chat.tokens`$"):
         checks.before_start(parse(raw, tmp_path))
+
+
+def test_a_deployment_file_is_looked_at_with_its_folders(job, tmp_path, capsys):
+    tiny.encoder(tmp_path / "v1", "embedding")
+    file = tmp_path / "chat.yaml"
+    file.write_text("versions: [{folder: v1}]")
+    doctor.examine(job(models={"support-chat": "chat.yaml", "other": "none.yaml"}), tmp_path)
+    said = lines(capsys)
+    assert said["✓ model support-chat"].endswith(f"in {tmp_path / 'v1'}")
+    assert said["✗ model other"] == f"{tmp_path / 'none.yaml'}: No such file or directory"
 
 
 def test_lines_are_not_wrapped(job, tmp_path, capsys, monkeypatch):

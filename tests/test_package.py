@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 
 from flink_llm import cli
 from flink_llm.config import load
+from flink_llm.engine.deployment import read_deployment
 from flink_llm.engine.model import open_model_folder, write_manifest
 from flink_llm.errors import FlinkLlmError, LocalError, ModelFolderError
 from flink_llm.local import checks, jars
@@ -73,6 +75,27 @@ def test_paths_of_the_moved_configuration_lead_where_they_led(job, tmp_path):
     assert (after.kafka, after.flink, after.host, after.name) == (before.kafka, before.flink, before.host, "n")
     assert after.features.repo == str(tmp_path / "packed" / "feature_repo")
     assert after.models == {"support-chat": str(tmp_path / "packed" / "models" / "support-chat")}
+
+
+def test_a_deployment_is_packed_with_the_folders_of_its_versions(job, tmp_path):
+    other = tmp_path / "elsewhere" / "model"
+    shutil.copytree(tmp_path / "model", other)
+    (other / "model.onnx").write_text("another")
+    write_manifest(other, name="m2", kind="decoder", architecture="x", precision="fp32", context_length=8, vocab_size=8)
+    versions = "[{folder: model, weight: 9}, {folder: elsewhere/model, weight: 1, canary: {window: 20}}]"
+    (tmp_path / "chat.yaml").write_text(f"versions: {versions}")
+    job.write_text(JOB.replace("support-chat: model", "support-chat: chat.yaml"))
+    pack(job, tmp_path / "packed", {})
+    before = read_deployment(tmp_path / "chat.yaml").versions
+    environ = {"NAME": "n", "KAFKA": "k:1", "PASSWORD": "p", "STATE": "/state", "PARALLELISM": "2"}
+    (tmp_path / "jaas").write_text("x password='y';")
+    moved = load(tmp_path / "packed" / "config.yaml", environ).models["support-chat"]
+    assert Path(moved).parent == tmp_path / "packed" / "models" / "support-chat"
+    after = read_deployment(moved).versions
+    assert [(each.weight, each.canary) for each in after] == [(each.weight, each.canary) for each in before]
+    for old, new in zip(before, after, strict=True):
+        assert Path(new.folder).parent == Path(moved).parent
+        assert open_model_folder(new.folder) == open_model_folder(old.folder)
 
 
 def test_a_repository_that_holds_its_own_state_is_used_where_it_is(job, tmp_path):

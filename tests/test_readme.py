@@ -76,12 +76,17 @@ def test_the_set_up_targets_exist(target):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
 def test_configurations_are_ones_that_load(page, tmp_path, monkeypatch):
     from flink_llm import config
+    from flink_llm.engine import deployment
 
     monkeypatch.setenv("KAFKA_PASSWORD", "secret")
     for mark, code in blocks(page, "yaml"):
-        assert mark.strip() in ("job", "flink"), f"{page.name}: a block is marked {mark!r}"
+        assert mark.strip() in ("job", "flink", "deployment"), f"{page.name}: a block is marked {mark!r}"
         if mark.strip() == "flink":
             assert all("." in name for name in yaml.safe_load(code))
+        elif mark.strip() == "deployment":
+            file = tmp_path / "deployment.yaml"
+            file.write_text(code)
+            assert len(deployment.read_deployment(file).versions) > 1
         else:
             file = tmp_path / "job.yaml"
             file.write_text(code)

@@ -34,9 +34,10 @@ def open_engine(settings: HostSettings) -> Engine:
     if settings.engine == "host":
         return HostClient(settings)
     from flink_llm.engine.engine import OnnxBackend  # ONNX Runtime, only when it is to run in this process
+    from flink_llm.engine.fleet import Fleet
     from flink_llm.engine.work import WorkTable
 
-    return WorkTable(OnnxBackend(settings))
+    return WorkTable(Fleet(OnnxBackend(settings), settings.memory_mb))
 
 
 class HostClient:

@@ -17,15 +17,17 @@ from flink_llm.engine.encoding import Encoding
 from flink_llm.engine.faults import fault_of, lacks_memory
 from flink_llm.engine.job import Emit, Job, Said, ServedModel
 from flink_llm.engine.metrics import Metrics
-from flink_llm.engine.model import open_model_folder, read_manifest
+from flink_llm.engine.model import Manifest, open_model_folder, read_manifest
 from flink_llm.engine.protocol import Fault, Loaded, Submit
 from flink_llm.engine.settings import HostSettings, resolve_device
+from flink_llm.engine.stock import needed_bytes
 from flink_llm.errors import FlinkLlmError, ModelFolderError, Outage
 
 log = logging.getLogger(__name__)
 TAKEN_PER_STEP = 64
 TAKING_S = 0.02
 """How much new work is tokenised before the next step: what is running must not wait for it."""
+FREEING_S = 0.005
 _DEAD = "the engine's thread has died"
 
 
@@ -46,6 +48,7 @@ class OnnxBackend:
         self._models: dict[str, ServedModel] = {}
         self._answers = Answers(settings.cache_mb)
         self._loading = asyncio.Lock()
+        self._turns = 0
         self._inbox: deque[Job] = deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -64,10 +67,18 @@ class OnnxBackend:
                 self._models[found] = await asyncio.to_thread(self._open, folder, found)
                 log.info("loaded %s on %s in %.1f s", folder, self._device, time.monotonic() - began)
         self._start_thread()
-        return Loaded(
-            call=0, name=manifest.name, sha256=found, kind=manifest.kind,
-            context_length=manifest.context_length, labels=manifest.labels,
-        )  # fmt: skip
+        return _loaded(manifest, found)
+
+    async def look(self, folder: str, sha256: str | None) -> tuple[Loaded, int]:
+        """See `Shelf.look`."""
+        manifest, found = await asyncio.to_thread(read_manifest, folder, sha256)
+        return _loaded(manifest, found), needed_bytes(manifest, self._settings.slots)
+
+    async def unload(self, sha256: str) -> None:
+        """See `Shelf.unload`."""
+        last = [self._models.pop(sha256, None)]
+        self._metrics.forget(sha256)
+        await asyncio.to_thread(self._free, last)
 
     def start(self, work: Submit, generation: str, emit: Emit) -> Callable[[], None]:
         """See `Backend.start`."""
@@ -111,6 +122,14 @@ class OnnxBackend:
                 raise Outage(f"{folder} does not fit into the memory: {reason}") from error
             raise ModelFolderError(f"{folder} cannot be served: {reason}") from error
 
+    def _free(self, last: list[ServedModel | None]) -> None:
+        """Lets go of a model's last reference once the turn that may be running it has ended: off the loop and
+        off the engine's thread, since giving gigabytes back takes its time."""
+        turn = self._turns
+        while self._turns == turn and self._thread is not None and self._thread.is_alive():
+            time.sleep(FREEING_S)
+        last.clear()
+
     def _start_thread(self) -> None:
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
@@ -145,6 +164,7 @@ class OnnxBackend:
     def _turn(self, said: Said) -> bool:
         self._take_in(said)
         busy = [self._step(model, said) for model in list(self._models.values())]
+        self._turns += 1
         return any(busy)
 
     def _take_in(self, said: Said) -> None:
@@ -178,6 +198,13 @@ class OnnxBackend:
             self._stopping = True
         else:
             self._loop.call_soon_threadsafe(call, said)
+
+
+def _loaded(manifest: Manifest, sha256: str) -> Loaded:
+    return Loaded(
+        call=0, name=manifest.name, sha256=sha256, kind=manifest.kind,
+        context_length=manifest.context_length, labels=manifest.labels,
+    )  # fmt: skip
 
 
 def _emit(said: Said) -> None:

@@ -205,6 +205,7 @@ class Generation(AsyncIterator[TokenRecord]):
         self._events: AsyncIterator[Event] | None = None
         self._over = False
         self._began = 0.0
+        self._spoke = ""
         self.generation_id = ""
         self.finish_reason: FinishReason = "cancelled"
         self.usage = Usage()
@@ -231,7 +232,7 @@ class Generation(AsyncIterator[TokenRecord]):
             text=self.text,
             finish_reason=self.finish_reason,
             model=self._model.name,
-            model_hash=self._model.loaded.sha256,
+            model_hash=self._spoke or self._model.loaded.sha256,
             generation_id=self.generation_id,
             usage=self.usage,
             timings=self.timings,
@@ -307,6 +308,7 @@ class Generation(AsyncIterator[TokenRecord]):
 
     def _said(self, event: Tokens) -> TokenRecord:
         self.generation_id = self._info.last_generation = event.generation
+        self._spoke = event.model or self._spoke
         self._pieces.append(event.text)
         return TokenRecord(
             request_id=self._info.request_id,
@@ -318,6 +320,7 @@ class Generation(AsyncIterator[TokenRecord]):
     def _done(self, event: Done) -> None:
         self.generation_id = self._info.last_generation = event.generation
         self.finish_reason = event.finish
+        self._spoke = event.model or self._spoke
         self._pieces = [event.text]
         self.usage = Usage(prompt_tokens=event.prompt_tokens, completion_tokens=event.completion_tokens)
         self.timings = Timings(

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from flink_llm import __version__
 from flink_llm.engine.faults import fault_of
+from flink_llm.engine.fleet import Fleet
 from flink_llm.engine.place import held_file, socket_path
 from flink_llm.engine.protocol import (
     PROTOCOL_VERSION,
@@ -292,7 +293,8 @@ def _onnx(settings: HostSettings) -> Backend:
     metrics = Metrics()
     if settings.metrics_port is not None:
         MetricsEndpoint(metrics.registry, settings.metrics_host, settings.metrics_port).start()
-    return OnnxBackend(settings, lambda: os.kill(os.getpid(), signal.SIGTERM), metrics)
+    engine = OnnxBackend(settings, lambda: os.kill(os.getpid(), signal.SIGTERM), metrics)
+    return Fleet(engine, settings.memory_mb)
 
 
 def command(
@@ -307,6 +309,8 @@ def command(
     @click.option("--slots", default=16, show_default=True, help="Generations at once.")
     @click.option("--queue", default=4096, show_default=True, help="Requests that may wait.")
     @click.option("--cache-mb", default=64.0, show_default=True, help="Megabytes for answers of encoders; 0: none.")
+    @click.option("--memory-mb", type=click.IntRange(1), help="What all models may take together; no bound if absent.")
+    @click.option("--speculation", default=True, show_default=True, help="Guess ahead from the text, where that pays.")
     @click.option("--linger", default=30.0, show_default=True, help="Seconds to stay without a client.")
     @click.option("--linger-work", default=LINGER_S, show_default=True, help="Seconds to work for a lost one.")
     @click.option("--metrics-port", type=click.IntRange(0, 65535), help="Where Prometheus reads; 0 is any free port.")

@@ -74,18 +74,21 @@ def _start(settings: HostSettings, path: Path) -> None:
 
 
 def _command(settings: HostSettings, device: str, path: Path) -> list[str]:
-    options = {
+    options: dict[str, object] = {
         "device": device,
         "socket": path,
         "threads": settings.threads,
         "slots": settings.slots,
         "queue": settings.queue,
         "cache-mb": settings.cache_mb,
+        "speculation": settings.speculation,
         "linger": settings.linger_s,
         "linger-work": settings.linger_work_s,
     }
     if settings.metrics_port is not None:
         options |= {"metrics-port": settings.metrics_port, "metrics-host": settings.metrics_host}
+    if settings.memory_mb is not None:
+        options["memory-mb"] = settings.memory_mb
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", settings.launcher, *words, "--", *settings.launcher_args]
 

@@ -46,8 +46,10 @@ def held_file(path: Path) -> Path:
 def socket_path(settings: HostSettings) -> Path:
     """The socket's path: device, versions, and a digest of what else makes a host another host."""
     device = resolve_device(settings.device)
-    sizes = [settings.threads, settings.slots, settings.queue, settings.cache_mb]
+    sizes = [settings.threads, settings.slots, settings.queue, settings.cache_mb, settings.speculation]
     traits = [_gpu(device), *sizes, settings.launcher, settings.launcher_args]
+    if settings.memory_mb is not None:
+        traits.append(settings.memory_mb)
     digest = hashlib.sha256(msgspec.json.encode(traits)).hexdigest()[:8]
     name = f"{device.replace(':', '')}-p{PROTOCOL_VERSION}-{__version__}-{digest}.sock"
     path = socket_folder(settings) / name

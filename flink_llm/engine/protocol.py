@@ -62,7 +62,10 @@ class Hello(Struct, frozen=True, tag="hello", kw_only=True):
 
 
 class Load(Struct, frozen=True, tag="load", kw_only=True):
-    """Make the model in `folder` ready; `sha256` (of its manifest) must match when given."""
+    """Make the model in `folder` ready; `sha256` (of its manifest) must match when given.
+
+    `folder` may be a deployment file, whose model is known by `deployment.deployment_id` instead.
+    """
 
     call: int
     folder: str
@@ -119,7 +122,10 @@ class Welcome(Struct, frozen=True, tag="welcome", kw_only=True):
 
 
 class Loaded(Struct, frozen=True, tag="loaded", kw_only=True):
-    """The model is ready. `sha256` is that of its manifest, `kind` and `context_length` from it."""
+    """The model is ready. `sha256` is that of its manifest, `kind` and `context_length` from it.
+
+    A deployment's `sha256` is its id, its `context_length` the least of its versions'.
+    """
 
     call: int
     name: str
@@ -130,12 +136,17 @@ class Loaded(Struct, frozen=True, tag="loaded", kw_only=True):
 
 
 class Tokens(Struct, frozen=True, tag="tokens", kw_only=True):
-    """The next piece of text of a generation; `sequence` counts from 0 without gaps."""
+    """The next piece of text of a generation; `sequence` counts from 0 without gaps.
+
+    The first of a deployment's names the manifest's hash of the version that speaks in `model`: whoever
+    leaves before the end has heard it.
+    """
 
     call: int
     generation: str
     sequence: int
     text: str
+    model: str = ""
 
 
 class Entity(Struct, frozen=True):
@@ -153,6 +164,7 @@ class Done(Struct, frozen=True, tag="done", kw_only=True):
     A generation: `text` whole, `finish`, token counts, milliseconds, `logprobs` where asked for. An
     embedding: `vector` as little-endian float32. A classification: `scores` in the order of the model's
     labels. A ranking: `scores` in the order of the documents. A tagging: `entities` in the order of the text.
+    `model` is the hash of the manifest of the model that answered, "" where an engine does not say.
     """
 
     call: int
@@ -168,6 +180,7 @@ class Done(Struct, frozen=True, tag="done", kw_only=True):
     scores: list[float] = []
     logprobs: list[Logprob] = []
     entities: list[Entity] = []
+    model: str = ""
 
 
 class Fault(Struct, frozen=True, tag="fault", kw_only=True):

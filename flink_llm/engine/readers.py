@@ -38,7 +38,7 @@ class Embedder(Served):
         """
         done = await self._finish("embed", text=text, dimensions=dimensions)
         vector = np.frombuffer(done.vector, dtype="<f4")
-        return Embedding(vector, self.name, self.loaded.sha256, _usage(done))
+        return Embedding(vector, self.name, done.model or self.loaded.sha256, _usage(done))
 
 
 class Classification(Struct, frozen=True):
@@ -62,7 +62,7 @@ class Classifier(Served):
         done = await self._finish("classify", text=text)
         scores = dict(zip(self.loaded.labels, done.scores, strict=True))
         best = max(scores, key=scores.__getitem__)
-        return Classification(best, scores, self.name, self.loaded.sha256, _usage(done))
+        return Classification(best, scores, self.name, done.model or self.loaded.sha256, _usage(done))
 
 
 class Tagging(Struct, frozen=True):
@@ -87,7 +87,7 @@ class Tagger(Served):
         since the entities of its rest would be missing.
         """
         done = await self._finish("tag", text=text)
-        return Tagging(done.entities, self.name, self.loaded.sha256, _usage(done))
+        return Tagging(done.entities, self.name, done.model or self.loaded.sha256, _usage(done))
 
 
 class Ranked(Struct, frozen=True):
@@ -126,7 +126,7 @@ class Reranker(Served):
         done = await self._finish("rerank", text=query, documents=documents)
         if len(done.scores) != len(documents):
             raise RecordError("model_error", f"{self.name} gave {len(done.scores)} scores for {len(documents)} texts")
-        return Ranking(done.scores, self.name, self.loaded.sha256, _usage(done))
+        return Ranking(done.scores, self.name, done.model or self.loaded.sha256, _usage(done))
 
 
 def _usage(done: Done) -> Usage:

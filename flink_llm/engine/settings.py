@@ -15,7 +15,9 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `device` is "cpu", "cuda", "cuda:N", or "auto": the task manager's first `CUDA_VISIBLE_DEVICES`, else
     the CPU. `threads` 0 leaves the number to ONNX Runtime. `slots` generations run at once, `queue`
-    more may wait. What encoders have said is kept in about `cache_mb` megabytes, 0 keeps nothing. With
+    more may wait. What encoders have said is kept in about `cache_mb` megabytes, 0 keeps nothing.
+    `memory_mb` is what all models of the host may take together, their KV caches among it; None sets no bound.
+    With
     `speculation`, what a text said before is guessed to come next, where that is faster; it changes no
     reply. All times are in seconds: the host stays `linger_s` after its last client; work whose client was
     lost goes on for `linger_work_s`; a host must listen within `start_timeout_s`, and is taken for dead after
@@ -31,6 +33,7 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     queue: Annotated[int, Meta(ge=1)] = 4096
     speculation: bool = True
     cache_mb: Annotated[float, Meta(ge=0)] = 64.0
+    memory_mb: Annotated[int, Meta(ge=1)] | None = None
     linger_s: Annotated[float, Meta(ge=0)] = 30.0
     linger_work_s: Annotated[float, Meta(ge=0)] = 30.0
     start_timeout_s: Annotated[float, Meta(gt=0)] = 60.0

@@ -177,17 +177,17 @@ def topics(config: JobConfig) -> str:
 
 
 def served(config: JobConfig) -> dict[str, str]:
-    """The model folders that the library's own host reads; another launcher knows what its models are."""
+    """The folders and deployment files that the library's own host reads; another launcher knows its models."""
     return config.models if config.host.launcher == HostSettings().launcher else {}
 
 
-def model(folder: str) -> str:
-    """A model folder, read and compared with its manifest."""
-    from flink_llm.engine.model import open_model_folder
+def model(path: str) -> str:
+    """A model folder, or those of a deployment file, read and compared with their manifests."""
+    from flink_llm.local.models import versions
 
-    opened = open_model_folder(folder)
-    manifest = opened.manifest
-    return f"{manifest.architecture}, {manifest.precision}, {opened.sha256[:12]} in {folder}"
+    found = [f"{opened.manifest.architecture}, {opened.manifest.precision}, {opened.sha256[:12]} in {version.folder}"
+             for version, opened in versions(path)]  # fmt: skip
+    return "; ".join(found)
 
 
 def features(config: JobConfig) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 from msgspec import Struct
 from packaging.requirements import Requirement
@@ -17,12 +18,15 @@ from packaging.utils import canonicalize_name
 
 from flink_llm import config_file
 from flink_llm.config import JobConfig, load
+from flink_llm.engine.deployment import Deployment, Version, is_deployment
 from flink_llm.engine.model import MANIFEST, ModelFolder, open_model_folder
 from flink_llm.errors import LocalError
 from flink_llm.kafka_settings import PATHS
 from flink_llm.local import checks, cluster, jars
+from flink_llm.local.models import versions
 from flink_llm.secrets import literal
 
+DEPLOYMENT = "deployment.yaml"
 JOB = """\
 # Submitted by `flink run -py`; runs the installed job {name!r}.
 from importlib.metadata import entry_points
@@ -48,7 +52,7 @@ def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ) -> Pac
     settings = load(config, environ, strict=False)
     _check_known(config, environ)
     checks.job(settings.job)
-    models = {name: open_model_folder(folder) for name, folder in checks.served(settings).items()}
+    models = {name: versions(path) for name, path in checks.served(settings).items()}
     moved = _moved(config, settings)
     needed = requirements(checks.FLAVOURS[checks.flavour()])
     jar = jars.connector_jar()
@@ -63,7 +67,7 @@ def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ) -> Pac
             (made / "job.py").write_text(JOB.format(name=settings.job))
             (made / "requirements.txt").write_text("".join(f"{line}\n" for line in needed))
             for name, opened in models.items():
-                _copy_model(opened, Path(settings.models[name]), made / "models" / name)
+                _copy_versions(opened, made / _packed_path(settings.models[name], name))
             if settings.features is not None and moved["features"]["repo"] == "feature_repo":
                 ignored = shutil.ignore_patterns("data", "__pycache__")
                 shutil.copytree(settings.features.repo, made / "feature_repo", ignore=ignored)
@@ -125,6 +129,24 @@ def requirements(flavour: str) -> list[str]:
     return [f"flink-llm[{flavour}]=={own}", *(f"{name}=={version}" for name, version in sorted(pinned.items()))]
 
 
+def _packed_path(source: str, name: str) -> str:
+    """Where a model folder or a deployment file is in the packed folder."""
+    return f"models/{name}/{DEPLOYMENT}" if is_deployment(source) else f"models/{name}"
+
+
+def _copy_versions(opened: list[tuple[Version, ModelFolder]], to: Path) -> None:
+    """A model folder, or a deployment file with its folders beside it, numbered as their names may be the same."""
+    if to.name != DEPLOYMENT:
+        [(version, folder)] = opened
+        return _copy_model(folder, Path(version.folder), to)
+    placed = []
+    for number, (version, folder) in enumerate(opened):
+        name = f"{number}-{Path(version.folder).name}"
+        _copy_model(folder, Path(version.folder), to.parent / name)
+        placed.append(msgspec.structs.replace(version, folder=name))
+    to.write_text(yaml.safe_dump(msgspec.to_builtins(Deployment(versions=placed)), sort_keys=False))
+
+
 def _copy_model(opened: ModelFolder, source: Path, to: Path) -> None:
     """Writes the bytes that were checked, and checks what was written."""
     to.mkdir(parents=True)
@@ -149,7 +171,7 @@ def _moved(config: Path, settings: JobConfig) -> dict[str, Any]:
     """
     raw = config_file.moved(config_file.read(config), config.absolute().parent)
     for name in checks.served(settings):
-        raw["models"][name] = f"models/{name}"
+        raw["models"][name] = _packed_path(settings.models[name], name)
     places: list[tuple[str, Any, tuple[str, ...]]] = [
         ("flink", settings.flink, ("checkpoint_dir",)),
         ("host", settings.host, ("socket_dir",)),
