@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from flink_llm.engine.answers import Answers
 from flink_llm.engine.decoding import Decoding
 from flink_llm.engine.encoding import Encoding
-from flink_llm.engine.job import Job, Said
+from flink_llm.engine.job import Job, Said, ServedModel
 from flink_llm.engine.metrics import Metrics
 from flink_llm.engine.model import open_model_folder
 from flink_llm.engine.protocol import Options, Submit
@@ -35,9 +36,13 @@ class Stage:
         opened = open_model_folder(folder)
         self.metrics = Metrics()
         kind = self.kind = opened.manifest.kind
-        make: Any = Decoding if kind == "decoder" else Encoding
         self.name = opened.manifest.name
-        self.model = make(opened, SETTINGS, "cpu", self.metrics.model(self.name, "a" * 64))
+        metrics = self.metrics.model(self.name, "a" * 64)
+        self.model: ServedModel = (
+            Decoding(opened, SETTINGS, "cpu", metrics)
+            if kind == "decoder"
+            else Encoding(opened, SETTINGS, "cpu", metrics, Answers(0))
+        )
         self.said: Said = []
 
     def add(self, text: str = "hello", *, deadline: float | None = None, **options: Any) -> Job:

@@ -15,6 +15,7 @@ from flink_llm.engine.encoder import _sigmoid
 from flink_llm.engine.encoding import DOCUMENTS, Encoding, cut
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.job import Job, Said
+from flink_llm.engine.metrics import Metrics
 from flink_llm.engine.model import open_model_folder
 from flink_llm.engine.protocol import Done, Engine, Fault, Submit
 from flink_llm.engine.readers import Classifier, Embedder, Ranked, Reranker, Tagger
@@ -23,6 +24,7 @@ from flink_llm.engine.work import WorkTable
 from flink_llm.errors import FlinkLlmError, Overloaded, RecordError
 from tests import tiny
 
+METRICS = Metrics().model("m", "a" * 64)
 KINDS = {"embedding": Embedder, "classifier": Classifier, "token_classifier": Tagger, "reranker": Reranker}
 
 
@@ -336,11 +338,11 @@ class Served:
 
     def __init__(self, folder: Path, answers: Answers | None = None, queue: int = 4096) -> None:
         settings = HostSettings(device="cpu", threads=1, queue=queue)
-        self.encoding = Encoding(open_model_folder(folder), settings, "cpu", answers or Answers(0))
+        self.encoding = Encoding(open_model_folder(folder), settings, "cpu", METRICS, answers or Answers(0))
 
     def add(self, text: str, **fields: Any) -> Job:
         work = Submit(call=0, model="m", kind=self.encoding._kind, work=text, request_id=text, text=text, **fields)
-        job = Job(work, text, lambda event: None)
+        job = Job(work, text, lambda event: None, METRICS.request(5))
         self.encoding.add(job)
         return job
 
@@ -387,7 +389,7 @@ def test_a_full_queue_refuses_what_is_not_known(folders: dict[str, Path]) -> Non
     served.add("known")
     served.step()
     served.add("waiting")
-    with pytest.raises(Overloaded, match="1 texts are waiting"):
+    with pytest.raises(Overloaded, match="the queue is full"):
         served.add("too many")
     served.add("known")
     assert set(served.step()) == {"known", "waiting"}
@@ -421,7 +423,12 @@ def test_all_work_is_dropped_once(folders: dict[str, Path]) -> None:
 
 def test_another_kind_of_work_is_refused(folders: dict[str, Path]) -> None:
     served = Served(folders["embedding"])
-    job = Job(Submit(call=0, model="m", kind="tag", work="w", request_id="r", text="a"), "g", lambda event: None)
+    job = Job(
+        Submit(call=0, model="m", kind="tag", work="w", request_id="r", text="a"),
+        "g",
+        lambda event: None,
+        METRICS.request(5),
+    )
     with pytest.raises(RecordError, match="embedding cannot tag"):
         served.encoding.add(job)
 

@@ -26,11 +26,12 @@ from flink_llm.engine.client import HostClient
 from flink_llm.engine.deployment import deployment_id
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.fleet import Fleet
-from flink_llm.engine.generation import Classifier, Embedder, Model
+from flink_llm.engine.generation import Model
 from flink_llm.engine.host import Host
 from flink_llm.engine.model import read_manifest
 from flink_llm.engine.place import socket_path
 from flink_llm.engine.protocol import Done, Event, Options, Submit, Tokens
+from flink_llm.engine.readers import Classifier, Embedder
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.stock import needed_bytes, to_leave
 from flink_llm.errors import ModelFolderError, Outage

@@ -96,11 +96,18 @@ def test_a_request_waits_runs_and_ends_once() -> None:
     assert (sampled(metrics, "queue_length", lane="9"), sampled(metrics, "queue_seconds_count", lane="9")) == (0, 0)
 
 
+class Cache:
+    """Tokens in a cache, as `Decoding` tells them."""
+
+    def held(self, busy: bool) -> int:
+        return 7 if busy else 5
+
+
 def test_a_model_that_is_gone_leaves_no_series() -> None:
-    metrics = Metrics()
+    metrics, cache = Metrics(), Cache()
     for name in ("m", "other"):
         model = metrics.model(name, name[0] * 64)
-        model.watch_cache(4, 512, lambda busy: 7 if busy else 5)
+        model.watch_cache(4, 512, cache.held)
         model.step(3)
         model.request(5).ended("cancelled")
     metrics.forget("m" * 64)

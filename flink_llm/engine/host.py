@@ -310,7 +310,14 @@ def command(
     @click.option("--queue", default=4096, show_default=True, help="Requests that may wait.")
     @click.option("--cache-mb", default=64.0, show_default=True, help="Megabytes for answers of encoders; 0: none.")
     @click.option("--memory-mb", type=click.IntRange(1), help="What all models may take together; no bound if absent.")
-    @click.option("--speculation", default=True, show_default=True, help="Guess ahead from the text, where that pays.")
+    @click.option(
+        "--speculation",
+        type=bool,
+        is_flag=False,
+        default=True,
+        show_default=True,
+        help="Guess ahead from the text, where that pays.",
+    )
     @click.option("--linger", default=30.0, show_default=True, help="Seconds to stay without a client.")
     @click.option("--linger-work", default=LINGER_S, show_default=True, help="Seconds to work for a lost one.")
     @click.option("--metrics-port", type=click.IntRange(0, 65535), help="Where Prometheus reads; 0 is any free port.")

@@ -7,6 +7,7 @@ one for a token. Every metric stands in docs/metrics.md.
 """
 
 import time
+import weakref
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -98,13 +99,20 @@ class ModelMetrics:
     def watch_cache(self, slots: int, context: int, held: Callable[[bool], int]) -> None:
         """A cache of `slots` times `context` tokens. `held`: how many are in slots that are busy, or free.
 
-        `held` is called whenever somebody reads the metrics, on a thread of its own.
+        `held`, a method, is called whenever somebody reads the metrics, on a thread of its own. Its model is
+        not kept alive for it: a gauge with a function is a cycle, which would outlive the model's unloading.
         """
+        found = weakref.WeakMethod(held)
+
+        def tokens(busy: bool) -> int:
+            method = found()
+            return 0 if method is None else method(busy)
+
         labels = (self.name, self.hash)
         self._of.slots.labels(*labels).set(slots)
         self._of.cache_capacity.labels(*labels).set(slots * context)
-        self._of.cache.labels(*labels, "used").set_function(lambda: held(True))
-        self._of.cache.labels(*labels, "kept").set_function(lambda: held(False))
+        self._of.cache.labels(*labels, "used").set_function(lambda: tokens(True))
+        self._of.cache.labels(*labels, "kept").set_function(lambda: tokens(False))
 
 
 class LaneMetrics:
