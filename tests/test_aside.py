@@ -178,8 +178,13 @@ def test_others_generate_while_a_grammar_is_compiled(folder: Path, gate: Gate, m
     assert stage.value("queue_length") == 2
     gate.opened.set()
     stage.said.clear()
-    until(lambda: stage.step() or len([event for _, event in stage.said if isinstance(event, (Done, Fault))]) == 2)
-    ends = [event for _, event in stage.said if isinstance(event, (Done, Fault))]
+
+    def ended() -> list[Done | Fault]:
+        stage.step()
+        return [event for _, event in stage.said if isinstance(event, (Done, Fault))]
+
+    until(lambda: len(ended()) == 2)
+    ends = ended()
     assert {event.text for event in ends if isinstance(event, Done)} <= set(CHOICES)
     assert [event.code for event in ends if isinstance(event, Fault)] == ["bad_option"]
     assert (gate.calls, asks.cancelled, nonsense.cancelled) == (2, False, False)
