@@ -9,7 +9,6 @@ the host said them tokens follow each other, and how long checkpoints take.
 import argparse
 import itertools
 import json
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Any
 from kafka import KafkaConsumer, KafkaProducer
 
 from benchmarks import pipeline
-from benchmarks.pipeline import quantile
+from benchmarks.pipeline import local_kafka, quantile
 from flink_llm.call import OperatorSettings
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.local import processes
-from flink_llm.local.broker import Broker
 from flink_llm.testing import Script
 
 CAPACITY, CALL_MS = 256, 200
@@ -113,15 +111,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="5 s of each instead of 40, hardly warm")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="flink-llm-") as folder:
-        broker = Broker(Path(folder))
-        broker.up([])
-        try:
-            seconds, warm_up_s = (5.0, 4.0) if args.quick else (40.0, 100.0)
-            found = fast(broker.bootstrap_servers, Path(folder), seconds, warm_up_s)
-            print(json.dumps({**found, **slow(broker.bootstrap_servers, Path(folder), seconds, warm_up_s)}))
-        finally:
-            broker.wipe()
+    with local_kafka() as (servers, folder):
+        seconds, warm_up_s = (5.0, 4.0) if args.quick else (40.0, 100.0)
+        found = fast(servers, folder, seconds, warm_up_s)
+        print(json.dumps({**found, **slow(servers, folder, seconds, warm_up_s)}))
 
 
 if __name__ == "__main__":

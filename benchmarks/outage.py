@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -25,7 +24,6 @@ from benchmarks import pipeline
 from flink_llm.call import OperatorSettings
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.local import demo, processes
-from flink_llm.local.broker import Broker
 from flink_llm.testing import Script
 
 RATE = 20
@@ -129,15 +127,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="outages of 6 s under a deadline of 2 s, not 20 and 5")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="flink-llm-") as folder:
-        broker = Broker(Path(folder))
-        broker.up([])
-        try:
-            outage_s, deadline_s = (6.0, 2.0) if args.quick else (20.0, 5.0)
-            found = measure(broker.bootstrap_servers, Path(folder), outage_s=outage_s, deadline_s=deadline_s)
-            print(json.dumps(found))
-        finally:
-            broker.wipe()
+    with pipeline.local_kafka() as (servers, folder):
+        outage_s, deadline_s = (6.0, 2.0) if args.quick else (20.0, 5.0)
+        found = measure(servers, folder, outage_s=outage_s, deadline_s=deadline_s)
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -21,10 +20,10 @@ from typing import Any
 from kafka import KafkaConsumer, KafkaProducer
 
 from benchmarks import pipeline
-from benchmarks.pipeline import quantile
+from benchmarks.pipeline import local_kafka, quantile
 from flink_llm.call import OperatorSettings
 from flink_llm.flink_settings import FlinkSettings
-from flink_llm.local.broker import Broker, create_topics
+from flink_llm.local.broker import create_topics
 from flink_llm.testing import Script
 
 RATE = 200
@@ -146,33 +145,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two short pairs, at least once only")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="flink-llm-") as folder:
-        broker = Broker(Path(folder))
-        broker.up([])
-        try:
-            pairs, seconds, warm_up_s = (2, 4.0, 8.0) if args.quick else (5, 10.0, WARM_UP_S)
-            found = measure(
-                broker.bootstrap_servers, Path(folder), pairs=pairs, seconds=seconds, warm_up_s=warm_up_s,
-                delivery="at_least_once", interval_ms=1000,
+    with local_kafka() as (servers, folder):
+        pairs, seconds, warm_up_s = (2, 4.0, 8.0) if args.quick else (5, 10.0, WARM_UP_S)
+        found = measure(
+            servers, folder, pairs=pairs, seconds=seconds, warm_up_s=warm_up_s,
+            delivery="at_least_once", interval_ms=1000,
+        )  # fmt: skip
+        result = {
+            "p50_ratio": round(found["p50_ratio"], 2), "p99_ratio": round(found["p99_ratio"], 2),
+            "p50_ms": round(found["ours_p50"], 1), "p99_ms": round(found["ours_p99"], 1),
+            "floor_p50_ms": round(found["floor_p50"], 1), "floor_p99_ms": round(found["floor_p99"], 1),
+        }  # fmt: skip
+        if not args.quick:
+            once = measure(
+                servers, folder, pairs=pairs, seconds=seconds, warm_up_s=warm_up_s,
+                delivery="exactly_once", interval_ms=200,
             )  # fmt: skip
-            result = {
-                "p50_ratio": round(found["p50_ratio"], 2), "p99_ratio": round(found["p99_ratio"], 2),
-                "p50_ms": round(found["ours_p50"], 1), "p99_ms": round(found["ours_p99"], 1),
-                "floor_p50_ms": round(found["floor_p50"], 1), "floor_p99_ms": round(found["floor_p99"], 1),
-            }  # fmt: skip
-            if not args.quick:
-                once = measure(
-                    broker.bootstrap_servers, Path(folder), pairs=pairs, seconds=seconds, warm_up_s=warm_up_s,
-                    delivery="exactly_once", interval_ms=200,
-                )  # fmt: skip
-                result |= {
-                    "exactly_once_p50_ms": round(once["ours_p50"], 1),
-                    "exactly_once_p99_ms": round(once["ours_p99"], 1),
-                    "floor_p99_ms": round(once["floor_p99"], 1),
-                }
-            print(json.dumps(result))
-        finally:
-            broker.wipe()
+            result |= {
+                "exactly_once_p50_ms": round(once["ours_p50"], 1),
+                "exactly_once_p99_ms": round(once["ours_p99"], 1),
+                "floor_p99_ms": round(once["floor_p99"], 1),
+            }
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

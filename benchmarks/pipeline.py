@@ -3,10 +3,12 @@
 `python -m benchmarks.pipeline SETTINGS.json` is the job; `Pipeline` starts it and can kill its worker.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import urllib.request
 import uuid
@@ -24,7 +26,7 @@ from flink_llm.feature_settings import FeatureSettings
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.kafka_settings import KafkaSettings
 from flink_llm.local import processes
-from flink_llm.local.broker import create_topics
+from flink_llm.local.broker import Broker, create_topics
 from flink_llm.services import ServiceSettings
 from flink_llm.testing import Script
 
@@ -74,6 +76,16 @@ def job(settings: Settings) -> None:
     kafka.sink(tables, out.partials, servers, [settings.topics["tokens"]], uid="tokens")
     kafka.sink(tables, out.failures, servers, [settings.topics["failures"]], uid="failures", delivery=delivery)
     env.execute("benchmark")
+
+
+@contextlib.contextmanager
+def local_kafka() -> Iterator[tuple[str, Path]]:
+    """A broker of its own, empty: its bootstrap servers, and a folder. Gone at the end, whatever the end is."""
+    with tempfile.TemporaryDirectory(prefix="flink-llm-") as name:
+        broker = Broker(Path(name))
+        with processes.cleaned_up(broker.wipe):
+            broker.up([])
+            yield broker.bootstrap_servers, Path(name)
 
 
 class Pipeline:

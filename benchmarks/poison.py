@@ -8,7 +8,6 @@ import argparse
 import json
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from kafka import KafkaConsumer, KafkaProducer
 
 from benchmarks import pipeline
 from flink_llm.local import demo, processes
-from flink_llm.local.broker import TOPICS, Broker, create_topics
+from flink_llm.local.broker import TOPICS, create_topics
 
 START_S, IDLE_S = 180.0, 60.0
 
@@ -65,32 +64,29 @@ def bad(i: int) -> tuple[str, bytes | None]:
     return kind, chosen if chosen is None or isinstance(chosen, bytes) else json.dumps(chosen).encode()
 
 
-def measure(folder: Path, count: int) -> dict[str, Any]:
-    """One run with a broker and a job of its own."""
-    broker = Broker(folder)
-    broker.up([])
-    create_topics(broker.bootstrap_servers, TOPICS)
+def measure(servers: str, folder: Path, count: int) -> dict[str, Any]:
+    """One run with a job of its own."""
+    create_topics(servers, TOPICS)
     rest = processes.free_port()
     config = folder / "poison.yaml"
     demo.prepare(folder)
     flink = {"delivery": "exactly_once", "checkpoint_interval_ms": 500, "properties": {"rest.port": str(rest)}}
-    kafka = {"bootstrap_servers": broker.bootstrap_servers, "group": "poison"}
+    kafka = {"bootstrap_servers": servers, "group": "poison"}
     config.write_text(yaml.safe_dump(demo.configuration(folder, kafka=kafka, flink=flink, name="poison")))
     log = folder / "poison.log"
     job = processes.start([sys.executable, "-m", "flink_llm", "run", str(config)], log)
     try:
-        return _run(broker, job, log, rest, count)
+        return _run(servers, job, log, rest, count)
     finally:
         processes.stop(job)
-        broker.wipe()
 
 
-def _run(broker: Broker, job: processes.Started, log: Path, rest: int, count: int) -> dict[str, Any]:
-    producer = KafkaProducer(bootstrap_servers=broker.bootstrap_servers, max_request_size=2**21)
+def _run(servers: str, job: processes.Started, log: Path, rest: int, count: int) -> dict[str, Any]:
+    producer = KafkaProducer(bootstrap_servers=servers, max_request_size=2**21)
     consumer = KafkaConsumer(
         "chat.responses",
         "chat.failures",
-        bootstrap_servers=broker.bootstrap_servers,
+        bootstrap_servers=servers,
         isolation_level="read_committed",
         auto_offset_reset="earliest",
         group_id=None,
@@ -140,8 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="200 of each")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="flink-llm-") as folder:
-        print(json.dumps(measure(Path(folder), 200 if args.quick else 1000)))
+    with pipeline.local_kafka() as (servers, folder):
+        print(json.dumps(measure(servers, folder, 200 if args.quick else 1000)))
 
 
 if __name__ == "__main__":

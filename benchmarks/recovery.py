@@ -7,7 +7,6 @@ must be the number of that key's results.
 
 import argparse
 import json
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -19,7 +18,6 @@ from kafka import KafkaConsumer, KafkaProducer
 from benchmarks import pipeline
 from flink_llm.call import OperatorSettings
 from flink_llm.flink_settings import FlinkSettings
-from flink_llm.local.broker import Broker
 from flink_llm.testing import Script
 
 RATE = 400
@@ -102,14 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4,000 requests and one kill")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="flink-llm-") as folder:
-        broker = Broker(Path(folder))
-        broker.up([])
-        try:
-            count, kills = (4_000, 1) if args.quick else (20_000, 3)
-            print(json.dumps(measure(broker.bootstrap_servers, Path(folder), count, kills)))
-        finally:
-            broker.wipe()
+    with pipeline.local_kafka() as (servers, folder):
+        count, kills = (4_000, 1) if args.quick else (20_000, 3)
+        print(json.dumps(measure(servers, folder, count, kills)))
 
 
 if __name__ == "__main__":
