@@ -38,17 +38,25 @@ def folder(tmp_path_factory):
 def replies(folder, *, speculation, together):
     async def run():
         settings = HostSettings(device="cpu", slots=4, threads=1, speculation=speculation)
-        table = WorkTable(OnnxBackend(settings))
+        backend = OnnxBackend(settings)
+        table = WorkTable(backend)
         model = Model(table, "tiny", str(folder))
         await model.load()
         prompts = ["so it goes, " * 5 + str(i) for i in range(len(OPTIONS))]
         asked = [model.generate(p, **{"max_tokens": 60} | o) for p, o in zip(prompts, OPTIONS, strict=True)]
         done = await asyncio.gather(*asked) if together else [await one for one in asked]
         done.append(await model.generate(prompts[0] + done[0].text, max_tokens=30))  # which the cache holds already
+        guessed = model_metrics(backend)
         await table.close()
-        return [(one.text, one.finish_reason, one.usage.completion_tokens, one.logprobs) for one in done]
+        return guessed, [(one.text, one.finish_reason, one.usage.completion_tokens, one.logprobs) for one in done]
 
     return asyncio.run(run())
+
+
+def model_metrics(backend):
+    registry = backend._metrics.registry
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    return {one.labels["outcome"]: one.value for one in samples if one.name == "flink_llm_guessed_tokens_total"}
 
 
 @pytest.fixture
@@ -63,11 +71,13 @@ def always(monkeypatch):
 
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
 def test_guesses_change_no_reply(folder, always, together):
-    guessed = replies(folder, speculation=True, together=together)
+    counted, guessed = replies(folder, speculation=True, together=together)
+    assert counted["right"] == sum(always) and counted["wrong"] > 0
     assert sum(always) > 20, "hardly any guess was right: nothing was tried"
     assert 0 in always, "no guess was wrong: nothing was tried"
     right = len(always)
-    plain = replies(folder, speculation=False, together=together)
+    counted, plain = replies(folder, speculation=False, together=together)
+    assert counted == {"right": 0, "wrong": 0}
     assert len(always) == right, "guessed though it was turned off"
     assert [one[:3] for one in guessed] == [one[:3] for one in plain]
     for one, other in zip(guessed, plain, strict=True):

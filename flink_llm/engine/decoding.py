@@ -214,6 +214,7 @@ class Decoding:
             right += 1
         self._decoder.cut(slot, start + right + 1)
         one.payoff.record(right, cost)
+        self.metrics.guess(right, len(guess) - right)
 
     def _next(self, entry: Entry[_Generation], logits: NDArray[np.floating[Any]], said: Said) -> None:
         """The next token of one, from its logits [vocabulary]."""

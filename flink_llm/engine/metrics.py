@@ -57,6 +57,7 @@ class Metrics:
         )
         self.whole = histogram("request_seconds", "From arrival to end, of what was answered", _LANE, LATENCY_S)
         self.batch = histogram("batch_size", "Requests that share a step, or a run of an encoder", _MODEL, ROWS)
+        self.guessed = counter("guessed_tokens_total", "Tokens of speculation", (*_MODEL, "outcome"))
         self._models: dict[str, ModelMetrics] = {}
 
     def model(self, name: str, sha256: str) -> "ModelMetrics":
@@ -83,6 +84,7 @@ class ModelMetrics:
         self.hash = digits
         self._of = of
         self._batch = of.batch.labels(name, digits)
+        self._right, self._wrong = (of.guessed.labels(name, digits, outcome) for outcome in ("right", "wrong"))
         self._lanes: dict[int, LaneMetrics] = {}
 
     def request(self, priority: int, now: float | None = None) -> "RequestMetrics":
@@ -95,6 +97,11 @@ class ModelMetrics:
     def step(self, rows: int) -> None:
         """A step, or a run of an encoder, that `rows` requests share."""
         self._batch.observe(rows)
+
+    def guess(self, right: int, wrong: int) -> None:
+        """What became of the tokens of a guess."""
+        self._right.inc(right)
+        self._wrong.inc(wrong)
 
     def watch_cache(self, slots: int, context: int, held: Callable[[bool], int]) -> None:
         """A cache of `slots` times `context` tokens. `held`: how many are in slots that are busy, or free.
