@@ -179,7 +179,8 @@ class OnnxBackend:
             try:
                 self._models[job.work.model].add(job)
             except BaseException as error:  # a panic of the tokenizer is no Exception
-                job.fail(error, said)
+                if not job.cancelled:  # its model may have been let go of meanwhile
+                    job.fail(error, said)
             if time.monotonic() > until:
                 return
 
