@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flink_llm.engine.pace import RETRY_S, RETRY_UNKNOWN_S, SMOOTH
-from flink_llm.engine.scheduler import AGEING_S, LANES, Entry, Scheduler
+from flink_llm.engine.scheduler import AGEING_S, HOLD_S, HOLD_SHARE, LANES, Entry, Scheduler
 from flink_llm.errors import Overloaded
 
 CHUNK = 8
@@ -88,10 +88,11 @@ ARRIVALS = st.lists(
 @settings(max_examples=100)
 @given(ARRIVALS, st.integers(0, 9), st.integers(1, 4), st.integers(1, 40))
 def test_waiting_is_bounded_whoever_comes_and_goes(arrivals, priority, slots, size):
-    """Only who came before, or within its ageing time after it, may be ahead of a request."""
-    scheduler: Scheduler[str] = Scheduler(slots=slots, limit=1000)
+    """Only who came before, or within its ageing time after it, may be ahead of a request; but for one hold."""
+    ticks = itertools.count(0, HOLD_S)
+    scheduler: Scheduler[str] = Scheduler(slots=slots, limit=1000, clock=lambda: next(ticks))
     patient = scheduler.add("patient", prompt(size), priority=priority, now=0.0)
-    now, steps, ahead = 0.0, 0, -(-size // CHUNK) + 1
+    now, steps, ahead = 0.0, 0, -(-size // CHUNK) + 2
     for gap, other, length, leaves in arrivals:
         now += gap
         entry = scheduler.add("other", prompt(length), priority=other, now=now)
@@ -324,3 +325,59 @@ def test_a_shared_beginning_is_read_once():
     assert plan.sharing == [second]
     assert (second.source, second.shared) == (entry.slot, 100)
     assert plan.prefill == (second, 100, 2)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_burst_is_read_before_its_first_replies_go_on():
+    clock = Clock()
+    scheduler: Scheduler[int] = Scheduler(slots=8, limit=10, clock=clock)
+    for number in range(8):
+        scheduler.add(number, prompt(20), priority=5, now=0.0)
+    sizes, decoding = [], []
+    while (plan := scheduler.plan(4, 100)).prefill:
+        scheduler.advance(plan.prefill[0], plan.prefill[2])
+        sizes.append(plan.prefill[2])
+        decoding.append(len(plan.decode))
+        clock.now += 0.01
+    assert sizes == [20] * 7 + [4] * 5, "those who wait are read in one go, until few enough of them are left"
+    assert decoding == [0] * 7 + [7] * 5
+
+
+def test_one_prompt_does_not_hold_many_replies():
+    scheduler: Scheduler[int] = Scheduler(slots=8, limit=10, clock=Clock())
+    for number in range(HOLD_SHARE + 1):
+        scheduler.add(number, prompt(1), priority=5, now=0.0)
+        plan = scheduler.plan(4, 100)
+        scheduler.advance(plan.prefill[0], 1)
+    scheduler.add(99, prompt(50), priority=5, now=0.0)
+    plan = scheduler.plan(4, 100)
+    assert (len(plan.decode), plan.prefill[2]) == (HOLD_SHARE + 1, 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 300), st.floats(0.001, 0.3)), min_size=1, max_size=60))
+def test_no_reply_stands_still_for_long_in_all(steps):
+    clock = Clock()
+    scheduler: Scheduler[int] = Scheduler(slots=4, limit=1000, clock=clock)
+    still: dict[int, float] = {}
+    for arrivals, length, seconds in steps:
+        for _ in range(arrivals):
+            scheduler.add(len(still), prompt(length), priority=5, now=clock.now)
+        plan = scheduler.plan(8, 64)
+        waits = [entry for entry in scheduler._running if not entry.left and entry not in plan.decode]
+        for entry in waits:
+            assert still.get(id(entry), 0.0) < HOLD_S + 1e-6, "it has stood still for long enough"
+            still[id(entry)] = still.get(id(entry), 0.0) + seconds
+        assert not (waits and plan.decode), "some go on while others are held"
+        assert not waits or plan.prefill, "nobody is held for nothing"
+        if plan.prefill:
+            scheduler.advance(plan.prefill[0], plan.prefill[2])
+        clock.now += seconds
+        for entry in plan.decode[:1]:
+            scheduler.remove(entry)

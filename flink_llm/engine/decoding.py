@@ -27,6 +27,8 @@ from flink_llm.errors import RecordError
 
 CHUNK, CHUNK_LEAST = 512, 16
 """Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
+CHUNK_SHORT = 64
+"""A chunk that tells what a token of a chunk takes: those of a long one take less."""
 STEPS_WAITED = 1.5
 """How many of their own steps others wait, at the most, while a chunk is read."""
 SMOOTH = 0.2
@@ -60,7 +62,6 @@ class Decoding:
         self._settings = settings
         self._scheduler = self._new_scheduler()
         self._step_s = self._prompt_token_s = 0.0
-        self._decodes = False
         self._costs = Costs()
         self._entries: dict[int, Entry[_Generation]] = {}
         metrics.watch_cache(settings.slots, self._context, self._held)
@@ -96,12 +97,11 @@ class Decoding:
         for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
             entry.item.job.leave()
             self._leave(entry)
-        plan = self._scheduler.plan(self._chunk())
+        plan = self._scheduler.plan(self._chunk(), CHUNK)
         for entry in plan.sharing:
             self._decoder.copy(entry.source, _slot(entry), entry.shared)
         if plan.prefill is not None:
             self._prefill(*plan.prefill, said)
-        self._decodes = bool(plan.decode)
         if plan.decode:
             self._go_on(plan.decode, said)
         return bool(plan.prefill or plan.decode)
@@ -117,7 +117,7 @@ class Decoding:
 
     def _chunk(self) -> int:
         """So many tokens of a prompt that those who decode wait for no more than `STEPS_WAITED` of their steps."""
-        if not self._decodes or not self._prompt_token_s:
+        if not self._prompt_token_s:
             return CHUNK
         return max(CHUNK_LEAST, min(CHUNK, int(STEPS_WAITED * self._step_s / self._prompt_token_s)))
 
@@ -165,7 +165,8 @@ class Decoding:
             return self._fail(entry, error, said)
         self._scheduler.advance(entry, count)
         entry.item.job.metrics.read(count)
-        self._prompt_token_s = _smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
+        if count <= CHUNK_SHORT or not self._prompt_token_s:
+            self._prompt_token_s = _smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
         if not entry.left:
             self._next(entry, logits, said)
 

@@ -20,6 +20,10 @@ _RANK = attrgetter("rank")
 AGEING_S = 2.0
 """Waiting for so long counts as one step of priority, so that no lane starves."""
 LANES = 10
+HOLD_S = 0.5
+"""How long, in all, a reply that has begun may stand still while others' prompts are read in one go."""
+HOLD_SHARE = 3
+"""Replies that may stand still so for each prompt that is being read."""
 
 
 def lane_of(priority: int) -> int:
@@ -42,6 +46,7 @@ class Entry(Generic[T]):
     source: int = 0
     shared: int = 0
     began: float = 0.0
+    held: float = 0.0
     gone: bool = False
 
     @property
@@ -77,6 +82,8 @@ class Scheduler(Generic[T]):
         self._clock = clock
         self._pace = Pace(slots)
         self._running: list[Entry[T]] = []
+        self._held: list[Entry[T]] = []
+        self._held_at = 0.0
 
     @property
     def waiting(self) -> int:
@@ -122,18 +129,33 @@ class Scheduler(Generic[T]):
             self._running.remove(entry)
             self._slots.release(entry.slot, keep=keep)
 
-    def plan(self, chunk: int) -> Plan[T]:
-        """What to do in the next step, `chunk` tokens of a prompt at most.
+    def plan(self, chunk: int, whole: int | None = None) -> Plan[T]:
+        """What to do in the next step, `chunk` tokens of a prompt at most, or `whole` where nobody waits for them.
 
         The caller runs it, then says `advance` of the chunk that it prefilled, and of each token decoded.
         """
         plan = Plan(sharing=self._admit())
-        plan.decode = [entry for entry in self._running if not entry.left]
+        decoding = [entry for entry in self._running if not entry.left]
         filling = [entry for entry in self._running if entry.left]
+        plan.decode = [] if self._hold(decoding, len(filling)) else decoding
         if filling:
             first = min(filling, key=lambda entry: entry.rank)
-            plan.prefill = (first, first.filled, min(chunk, first.left))
+            most = chunk if plan.decode or whole is None else whole
+            plan.prefill = (first, first.filled, min(most, first.left))
         return plan
+
+    def _hold(self, decoding: list[Entry[T]], filling: int) -> bool:
+        """Whether those who decode stand still for prompts of a burst.
+
+        A step of a few costs little less than one of all, and short chunks of prompts cost more than long
+        ones: a burst is through earlier if its first replies wait for the others' prompts.
+        """
+        now = self._clock()
+        for entry in self._held:
+            entry.held += now - self._held_at
+        hold = 0 < len(decoding) <= HOLD_SHARE * filling and all(entry.held < HOLD_S for entry in decoding)
+        self._held, self._held_at = decoding if hold else [], now
+        return hold
 
     def advance(self, entry: Entry[T], count: int) -> None:
         """`count` more tokens of the prompt are in the cache."""
