@@ -129,6 +129,25 @@ def test_a_canary_does_not_answer_for_what_fails_everywhere() -> None:
     assert canary.verdict is None
 
 
+@given(st.lists(st.floats(0.2, 50.0), min_size=30, max_size=300), st.integers(2, 12))
+def test_load_that_rises_and_falls_is_not_held_against_a_canary(load: list[float], share: int) -> None:
+    """One request in `share` is the canary's, which is as fast as the others at every moment."""
+    canary = Canary(BOUNDS)
+    level = 1.0
+    for number, aim in enumerate(load):
+        level += (aim - level) / 40  # a load of that many requests does not jump between two of them
+        canary.note(Sample(first_ms=100 * level, per_token_ms=10 * level), canary=number % share == 0)
+    assert canary.verdict is None
+
+
+def test_a_burst_is_not_held_against_a_canary() -> None:
+    canary = Canary(BOUNDS)
+    for number in range(300):
+        waited = 10.0 + 30.0 * number  # who came last waits longest
+        canary.note(Sample(first_ms=waited, per_token_ms=5.0 if number > 150 else 30.0), canary=number % 10 == 5)
+    assert canary.verdict is None
+
+
 @pytest.mark.parametrize(
     ("slow", "what"),
     [

@@ -8,6 +8,8 @@ from flink_llm.engine.deployment import CanaryBounds
 
 LEAST_MS = 1.0
 """Times below are not told apart: they are the machine's, not a model's."""
+LATELY = 9
+"""The others' samples that are of the same moment as a canary's."""
 
 
 class Sample(NamedTuple):
@@ -49,19 +51,30 @@ class Canary:
 
     It fails by `bounds.max_failure_rate` once more of its requests have failed than may in a whole window,
     so a version that answers nothing is gone after a few; not while the others are past the same bound, since it
-    is then the host that fails. Times are compared once both sides have `least` of them.
+    is then the host that fails. Each of its times is compared with those that the others had at the same
+    moment, since latency is load's before it is a version's; it is slow by the median of these ratios, once
+    there are `least`.
     """
 
     def __init__(self, bounds: CanaryBounds) -> None:
         self._bounds = bounds
         self._own = Window(bounds.window)
         self._others = Window(bounds.window)
+        self._lately = Window(LATELY)
+        self._pairs: dict[str, deque[tuple[float, float]]] = {
+            name: deque(maxlen=bounds.window) for name in ("first_ms", "per_token_ms")
+        }
         self.least = max(10, bounds.window // 5)
         self.verdict: str | None = None
 
     def note(self, sample: Sample, *, canary: bool) -> None:
         """A request has ended, the canary's or another version's."""
-        (self._own if canary else self._others).add(sample)
+        if canary:
+            self._own.add(sample)
+            self._pair(sample)
+        else:
+            self._others.add(sample)
+            self._lately.add(sample)
         if self.verdict is None:
             self.verdict = self._failing() or self._slow("first_ms", "to the first token")
             self.verdict = self.verdict or self._slow("per_token_ms", "for each further token")
@@ -71,9 +84,15 @@ class Canary:
 
         It is slow as far as one can know if the wait was past the bound already, and else it says nothing.
         """
-        others = self._others.times("first_ms")
+        others = self._lately.times("first_ms")
         if others and waited_ms > max(self._bounds.max_latency_ratio * median(others), LEAST_MS):
             self.note(Sample(first_ms=waited_ms), canary=True)
+
+    def _pair(self, sample: Sample) -> None:
+        for name, pairs in self._pairs.items():
+            took, others = getattr(sample, name), self._lately.times(name)
+            if took is not None and others:
+                pairs.append((took, median(others)))
 
     def _failing(self) -> str | None:
         own, others, bound = self._own, self._others, self._bounds.max_failure_rate
@@ -86,10 +105,13 @@ class Canary:
         )
 
     def _slow(self, name: str, what: str) -> str | None:
-        own, others = self._own.times(name), self._others.times(name)
-        if min(len(own), len(others)) < self.least:
+        pairs, bound = self._pairs[name], self._bounds.max_latency_ratio
+        if len(pairs) < self.least:
             return None
-        took, usual, bound = median(own), median(others), self._bounds.max_latency_ratio
-        if took <= max(bound * usual, LEAST_MS):
+        took, usual = (median(times) for times in zip(*pairs, strict=True))
+        times = median(own / max(other, 1e-6) for own, other in pairs)
+        if times <= bound or took <= LEAST_MS:
             return None
-        return f"it takes {took:.1f} ms {what}, more than {bound:g} times the others' {usual:.1f} (medians)"
+        return (
+            f"it takes {took:.1f} ms {what}, {times:.1f} times the others' {usual:.1f} (medians), more than {bound:g}"
+        )
