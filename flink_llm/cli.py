@@ -107,9 +107,10 @@ def down(wipe: bool, state: Path | None) -> None:
 @STATE
 def status(state: Path | None) -> None:
     """Say whether the broker runs, and where. Exit status 1 when it does not."""
-    broker = Broker(state or state_folder())
+    folder = state or state_folder()
+    broker = Broker(folder)
     process = broker.process
-    click.echo(f"up at {broker.bootstrap_servers}, process {process.pid}" if process else "down")
+    click.echo(f"up at {broker.bootstrap_servers}, process {process.pid}" if process else f"down (state: {folder})")
     sys.exit(process is None)
 
 
@@ -120,6 +121,7 @@ def run(config: Path) -> None:
 
     CONFIG names the job, Kafka's topics, model folders and features; jobs/llm_inference.yaml is an
     example to copy. `flink-llm doctor --config CONFIG` checks it without running it. Ctrl-C ends the job.
+    A pipeline with a handler of your own is a program of yours: docs/pipelines.md.
     """
     from flink_llm.config import load
     from flink_llm.local import checks

@@ -49,15 +49,21 @@ def mapping(path: Path, otherwise: str) -> dict[str, Any]:
         raise ConfigError(f"{path}, {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: bytes that are no text, impossible dates
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}{_place(error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, impossible dates
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: {otherwise}")
     return raw
+
+
+def _place(error: yaml.MarkedYAMLError) -> str:
+    """Where the YAML goes wrong, and what a brace there most often means."""
+    mark = error.problem_mark or error.context_mark
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    hint = '; quote a reference: "${NAME}"' if "'{'" in (error.problem or "") else ""
+    return f"{where} is not YAML: {error.problem or error.context}{hint}"
 
 
 def resolve(raw: dict[str, Any], folder: Path, environ: Mapping[str, str], *, strict: bool = True) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def resolve(raw: dict[str, Any], folder: Path, environ: Mapping[str, str], *, st
 
         result = _REFERENCE.sub(one, text)
         if unset and strict:
-            raise ConfigError(f"{where}: the environment variable {unset[0]} is not set")
+            raise ConfigError(f"{where}: the environment variable {unset[0]} is not set: export {unset[0]}=...")
         if unset:
             return Unset(text)
         whole = _REFERENCE.fullmatch(text)

@@ -14,7 +14,7 @@ from pyflink.datastream import CheckpointingMode, StreamExecutionEnvironment
 
 from flink_llm.errors import ConfigError
 from flink_llm.flink_settings import FlinkSettings
-from flink_llm.local import jars
+from flink_llm.local import failures, jars, processes
 
 BUNDLE_TIME = "python.fn-execution.bundle.time"
 BUNDLE_SIZE = "python.fn-execution.bundle.size"
@@ -23,6 +23,9 @@ BUFFER_TIMEOUT_MS = 0
 """Every record leaves at once: what leaves Python comes in bundles anyway."""
 SLOWEST_S = 0.014
 """A bundle of a full operator lasts about so long, and its results with it: seconds of completions in one bundle."""
+
+
+_REMEDY = "call flink_llm.environment.configure(env, FlinkSettings())"
 
 
 def bundle_size(capacity: int, expected_rate: float | None) -> int:
@@ -70,25 +73,25 @@ def check(env: StreamExecutionEnvironment, capacity: int) -> None:
     if size > limit:
         raise ConfigError(
             f"{BUNDLE_SIZE} is {size}, more than an eighth of capacity={capacity}: a full operator would "
-            f"hold back timers and checkpoints; call configure(env, ...) or set it to {limit} at most"
+            f"hold back timers and checkpoints; {_REMEDY}, or set it to {limit} at most"
         )
     if time_ms > 100:
         raise ConfigError(
-            f"{BUNDLE_TIME} is {time_ms} ms, and every output waits for it; "
-            f"call configure(env, ...) or set it to {BUNDLE_TIME_MS}"
+            f"{BUNDLE_TIME} is {time_ms} ms, and every output waits for it; {_REMEDY}, or set it to {BUNDLE_TIME_MS}"
         )
     if env.get_buffer_timeout() < 0 or env.get_buffer_timeout() > 100:
         raise ConfigError(
             f"the buffer timeout is {env.get_buffer_timeout()} ms, and every output waits for it; "
-            f"call configure(env, ...) or set_buffer_timeout({BUFFER_TIMEOUT_MS})"
+            f"{_REMEDY}, or set_buffer_timeout({BUFFER_TIMEOUT_MS})"
         )
 
 
 def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvironment:
     """The cluster a job is submitted to, or else a mini-cluster in this process.
 
-    On the mini-cluster Python runs in processes of its own, as it does on a cluster, and the connector
-    jar is fetched if need be. Raises LocalError: no Java that Flink runs on, no connector jar.
+    On the mini-cluster Python runs in processes of its own, as it does on a cluster, the connector jar is
+    fetched if need be, and what the job fails of is told on stderr. Raises LocalError: no Java that Flink
+    runs on, no connector jar.
     """
     local = not submitted()
     if local:
@@ -99,6 +102,8 @@ def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvi
         configuration.set_string("python.executable", sys.executable)
         configuration.set_string("pipeline.jars", jars.connector_jar().as_uri())
         configuration.set_string("taskmanager.memory.managed.size", "512m")
+        properties = {"rest.port": str(processes.free_port()), **(properties or {})}
+        failures.watch(int(properties["rest.port"]))
     for name, value in (properties or {}).items():
         configuration.set_string(name, value)
     return StreamExecutionEnvironment.get_execution_environment(configuration)

@@ -91,7 +91,7 @@ def fill_demo(settings: FeatureSettings, *, seed: int = demo_data.DEFAULT_SEED) 
     config = repo_config(settings)
     file = registry_file(config)
     if file is not None and not file.is_file():
-        raise ConfigError(f"features: there is no registry at {file}; apply the repository first")
+        raise ConfigError(f"features: there is no registry at {file}; `flink-llm features apply CONFIG` makes it")
     with quiet():
         from feast import FeatureStore
 

@@ -149,7 +149,7 @@ class Store:
         config = repo_config(self.settings)
         file = registry_file(config)
         if file is not None and not file.is_file():
-            raise ConfigError(f"features: there is no registry at {file}; apply the repository first")
+            raise ConfigError(f"features: there is no registry at {file}; `flink-llm features apply CONFIG` makes it")
         with quiet():
             from feast import FeatureStore
             from feast.on_demand_feature_view import OnDemandFeatureView

@@ -84,7 +84,9 @@ class ScriptedBackend:
         """See `Shelf.look`. A script takes no memory."""
         name = Path(folder).name
         if name not in self._scripts:
-            raise ConfigError(f"no script for the model {name!r}")
+            raise ConfigError(
+                f"no script for the model {name!r}, only for {', '.join(sorted(self._scripts)) or 'none'}"
+            )
         script, digest = self._scripts[name], hashlib.sha256(name.encode()).hexdigest()
         plain = Loaded(call=0, name=name, sha256=digest, kind=script.kind, context_length=2048, labels=script.labels)
         return plain, 0

@@ -15,6 +15,7 @@ from flink_llm.config import JobConfig
 from flink_llm.errors import FlinkLlmError
 from flink_llm.local import checks
 from flink_llm.local.cluster import last_words
+from flink_llm.local.failures import log_folder
 from flink_llm.udfs.async_operator import Outputs
 
 log = logging.getLogger(__name__)
@@ -65,12 +66,21 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
     except FlinkLlmError as error:
         print(f"flink-llm: {error}", file=sys.stderr)
         sys.exit(2)
+    if not environment.submitted():
+        say = f"flink-llm: {settings.name} starts on a mini-cluster; Ctrl-C ends it; Flink's log: {log_folder()}"
+        print(say, file=sys.stderr, flush=True)
+        logging.getLogger().addFilter(_no_trace_of_an_interrupt)
     try:
         return env.execute(settings.name)
     except Exception as error:  # Py4J's and PyFlink's errors share no base class, and hold a trace of Java's
         log.info("the job %s", settings.name, exc_info=True)
         print(f"flink-llm: the job failed: {last_words(str(error))}", file=sys.stderr)
         sys.exit(1)
+
+
+def _no_trace_of_an_interrupt(record: logging.LogRecord) -> bool:
+    """Py4J logs one for Ctrl-C, which is no error."""
+    return not str(record.msg).startswith("KeyboardInterrupt")
 
 
 def _value(row: Any) -> str:

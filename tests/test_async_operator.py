@@ -1,14 +1,7 @@
 """What the Flink operator does before and around the runner; the rest is tested where it is, or in integration."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
-from flink_llm.call import OperatorSettings
-from flink_llm.errors import FlinkLlmError
-from flink_llm.handler import AsyncUdf
-from flink_llm.testing import FakeServices
 from flink_llm.udfs import async_operator
 from flink_llm.udfs.event_time import low_mark
 
@@ -68,23 +61,3 @@ def test_a_bundle_waits_for_a_moment_in_all(monkeypatch):
         shard.events.clear()
         patience.wait(shard, bundle=1)
     assert waited == pytest.approx([0.003, 0.001])
-
-
-class Broken(AsyncUdf):
-    async def open(self, ctx):
-        raise RuntimeError("no database")
-
-    async def call(self, request: dict[str, Any], ctx) -> dict[str, Any]:
-        return request
-
-
-def test_a_handler_that_cannot_open_is_one_line_of_the_job(monkeypatch, capsys):
-    for name in ("lean_bundles", "KeyedState", "Kept"):  # Flink's side
-        monkeypatch.setattr(async_operator, name, lambda *given: None)
-    context = SimpleNamespace(get_map_state=lambda descriptor: None)
-    reader = SimpleNamespace(open=lambda: None)
-    operator = async_operator._AsyncOperator(Broken(), OperatorSettings(operator="mine"), FakeServices, [0], reader)
-    with pytest.raises(FlinkLlmError, match=r"^Broken\.open failed: RuntimeError: no database$"):
-        operator.open(context)
-    said = "flink-llm: mine: Broken.open failed: RuntimeError: no database; Flink restarts the job\n"
-    assert capsys.readouterr().err == said

@@ -76,7 +76,7 @@ def test_values_come_from_the_environment_and_from_files_beside_the_configuratio
     assert config.name == "mine"
     assert config.kafka.properties["sasl.jaas.config"] == "s3cret"
     assert "s3cret" not in repr(config)
-    with pytest.raises(ConfigError, match=r"^name: the environment variable NAME is not set$"):
+    with pytest.raises(ConfigError, match=r"^name: the environment variable NAME is not set: export NAME=\.\.\.$"):
         load(file, {})
 
 
@@ -130,7 +130,8 @@ def test_what_is_not_set_is_left_out_where_that_is_allowed(tmp_path):
     ("text", "expect"),
     [
         ("- a", "a configuration is a mapping"),
-        ("a: [", "is not YAML"),
+        ("a: [", "line 1, column 5 is not YAML"),
+        ("kafka: {bootstrap_servers: ${KAFKA}}", "got '{'; quote a reference: \"${NAME}\""),
         ("\tx: 1", "is not YAML"),
         ("", "a configuration is a mapping"),
         ("job: a\nname: n\njob: b\n", "line 3: the key 'job' stands there twice"),

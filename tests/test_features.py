@@ -309,7 +309,7 @@ def test_unknown_names_are_config_errors_that_name_the_nearest(shop: FeatureSett
 def test_a_repository_that_is_absent_or_not_applied_is_a_config_error(tmp_path: Path) -> None:
     for where, says in (
         (FeatureSettings(repo=str(tmp_path)), "feature_store.yaml cannot be read"),
-        (FeatureSettings(repo=str(REPO), state=str(tmp_path)), "apply the repository first"),
+        (FeatureSettings(repo=str(REPO), state=str(tmp_path)), "`flink-llm features apply CONFIG` makes it"),
         (FeatureSettings(repo=str(REPO), online_store={"type": "nonsense"}), "Feast refuses"),
     ):
         with pytest.raises(ConfigError, match=says) as caught:

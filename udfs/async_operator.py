@@ -8,7 +8,6 @@ and `flink_llm.shard`.
 """
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from pyflink.datastream.state import MapStateDescriptor
 from flink_llm import environment
 from flink_llm.arrivals import KeySpec
 from flink_llm.call import OperatorSettings
-from flink_llm.errors import ConfigError, FlinkLlmError, StateError
+from flink_llm.errors import ConfigError, StateError
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.kept import Kept
 from flink_llm.runner import Runner
@@ -117,11 +116,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._keyed = KeyedState(runtime_context)
         self._kept = Kept(runtime_context.get_map_state(MapStateDescriptor("shard", _BYTES, _BYTES)))
         self._runner = Runner(self._udf, open_services(self._services), self._settings)
-        try:
-            self._runner.start()
-        except FlinkLlmError as error:  # the trace that follows is Beam's, and long
-            print(f"flink-llm: {self._settings.operator}: {error}; Flink restarts the job", file=sys.stderr, flush=True)
-            raise
+        self._runner.start()
         gc.collect()
         gc.freeze()  # modules and models live as long as this worker: a full collection would stop all calls for them
         self._patience = _Patience(self._runner)

@@ -209,7 +209,7 @@ class Cluster:
         raise LocalError(f"no savepoint of job {job_id} within {SAVEPOINT_S:.0f} s")
 
     def _lay_out(self) -> None:
-        package = _flink()
+        package = flink_home()
         self._home.mkdir(parents=True, exist_ok=True)
         for name in ("bin", "lib", "conf"):
             shutil.rmtree(self._home / name, ignore_errors=True)
@@ -233,7 +233,7 @@ class Cluster:
             for name in ("jobmanager.rpc.address", "jobmanager.bind-host", "taskmanager.bind-host",
                          "taskmanager.host", "rest.address", "rest.bind-address")
         }  # fmt: skip
-        shipped = yaml.safe_load((_flink() / "conf" / "config.yaml").read_text())
+        shipped = yaml.safe_load((flink_home() / "conf" / "config.yaml").read_text())
         opened = shipped["env"]["java"]["opts"]["all"]  # the --add-opens that Flink needs on Java 17
         return {
             **local,
@@ -259,7 +259,7 @@ class Cluster:
                "FLINK_LOG_DIR": "log", "FLINK_PID_DIR": "tmp"}  # fmt: skip
         environ |= {name: str(self._home / folder) for name, folder in own.items()}
         # The pip package's own folders: Flink does not look into a linked `opt`.
-        environ |= {f"FLINK_{name.upper()}_DIR": str(_flink() / name) for name in ("opt", "plugins")}
+        environ |= {f"FLINK_{name.upper()}_DIR": str(flink_home() / name) for name in ("opt", "plugins")}
         java = Path(jars.java()[0]).resolve()
         return {**environ, "_FLINK_HOME_DETERMINED": "1", "JAVA_HOME": str(java.parents[1])}
 
@@ -283,7 +283,8 @@ class Cluster:
         return last_words(entries[0]["stacktrace"]) if entries else "no reason given"
 
 
-def _flink() -> Path:
+def flink_home() -> Path:
+    """The folder of the pip package that Flink comes in. Raises LocalError."""
     spec = importlib.util.find_spec("pyflink")  # its place only: importing it is slow
     if spec is None or spec.origin is None:
         raise LocalError("apache-flink is not installed: pip install flink-llm")
@@ -292,7 +293,7 @@ def _flink() -> Path:
 
 def flink_script() -> str | None:
     """The pip package's own `flink`, None where it cannot be run: a wheel does not always keep the run bit."""
-    return shutil.which(str(_flink() / "bin" / "flink"))
+    return shutil.which(str(flink_home() / "bin" / "flink"))
 
 
 def last_words(text: str) -> str:

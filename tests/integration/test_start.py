@@ -26,8 +26,10 @@ def test_a_job_that_fails_tells_the_innermost_cause(tmp_path):
         flink={"properties": {"restart-strategy.type": "none"}},
     )
     assert status == 1
-    assert len(lines) == 1 and lines[0].startswith("flink-llm: the job failed: "), said
-    assert "/proc/nowhere" in lines[0]
+    starts, failed = lines
+    assert starts.startswith("flink-llm: start starts on a mini-cluster"), said
+    assert failed.startswith("flink-llm: the job failed: "), said
+    assert "/proc/nowhere" in failed
     assert "Traceback" not in said
 
 
