@@ -84,7 +84,9 @@ def test_a_job_is_submitted_with_nothing_of_the_clone(tmp_path: Path) -> None:
     work.mkdir()
     (work / "driver.py").write_text(DRIVER)
     environ = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL", "_python"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "PYFLINK", "VIRTUAL", "_python", "FLINK_LLM_LOCAL"))
     }
     ran = subprocess.run([python, "driver.py", str(model)], cwd=work, env=environ, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
