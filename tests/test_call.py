@@ -209,10 +209,10 @@ def test_a_state_that_no_release_can_read_is_told_to_the_job():
         run.finish()
         run.state.set_state("s", b"\x09" + (run.state.state("s") or b"")[1:])
         state = run.checkpoint()
-    with Harness(Stateful(), state=state) as run:
-        with pytest.raises(StateError, match=r"version 9, this release reads version 1"):
-            run.send(request(2))  # raises already where the loop was faster
-            run.finish()
+    wrong = pytest.raises(StateError, match=r"version 9, this release reads version 1")
+    with Harness(Stateful(), state=state) as run, wrong:
+        run.send(request(2))  # raises already where the loop was faster
+        run.finish()
 
 
 def test_a_task_that_raises_system_exit_takes_nobody_along():
