@@ -15,6 +15,7 @@ from flink_llm.engine.lookup import GUESS, Costs, Lookup, Payoff
 from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.options import check
+from flink_llm.engine.pace import smoothed
 from flink_llm.engine.penalties import check_tokens
 from flink_llm.engine.prompts import Prompts
 from flink_llm.engine.protocol import Options, Submit
@@ -31,7 +32,6 @@ CHUNK_SHORT = 64
 """A chunk that tells what a token of a chunk takes: those of a long one take less."""
 STEPS_WAITED = 1.5
 """How many of their own steps others wait, at the most, while a chunk is read."""
-SMOOTH = 0.2
 
 
 @dataclass(eq=False)
@@ -61,7 +61,8 @@ class Decoding:
         self._decoder.warm_up()
         self._settings = settings
         self._scheduler = self._new_scheduler()
-        self._step_s = self._prompt_token_s = 0.0
+        self._step_s: float | None = None
+        self._prompt_token_s: float | None = None
         self._costs = Costs()
         self._entries: dict[int, Entry[_Generation]] = {}
         metrics.watch_cache(settings.slots, self._context, self._held)
@@ -117,7 +118,7 @@ class Decoding:
 
     def _chunk(self) -> int:
         """So many tokens of a prompt that those who decode wait for no more than `STEPS_WAITED` of their steps."""
-        if not self._prompt_token_s:
+        if not self._prompt_token_s or not self._step_s:
             return CHUNK
         return max(CHUNK_LEAST, min(CHUNK, int(STEPS_WAITED * self._step_s / self._prompt_token_s)))
 
@@ -166,7 +167,7 @@ class Decoding:
         self._scheduler.advance(entry, count)
         entry.item.job.metrics.read(count)
         if count <= CHUNK_SHORT or not self._prompt_token_s:
-            self._prompt_token_s = _smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
+            self._prompt_token_s = smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
         if not entry.left:
             self._next(entry, logits, said)
 
@@ -237,7 +238,7 @@ class Decoding:
                 self._decode([entry], said)
             return
         took = time.monotonic() - began
-        self._step_s = _smoothed(self._step_s, took)
+        self._step_s = smoothed(self._step_s, took)
         self._costs.step(len(entries), took)
         self.metrics.step(len(entries))
         for entry, slot, token, sequence in zip(entries, slots, last, sequences, strict=True):
@@ -272,10 +273,6 @@ class Decoding:
     def _leave(self, entry: Entry[_Generation], *, keep: bool = True) -> None:
         self._entries.pop(id(entry), None)
         self._scheduler.remove(entry, keep=keep)
-
-
-def _smoothed(before: float, now: float) -> float:
-    return now if before == 0 else before + SMOOTH * (now - before)
 
 
 def _slot(entry: Entry[_Generation]) -> int:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flink_llm.engine.pace import smoothed
+
 LONGEST, SHORTEST = 4, 2
 """Tokens that must agree for a guess, tried from the longest."""
 GUESS = 12
 """Tokens of one guess at most."""
 TRIAL, PAUSE = 3, 32
 """After so many guesses in a row that did not pay, how many tokens go by without one."""
-SMOOTH = 0.2
 REACH = 16_384
 """Tokens of a prompt that are searched, its last."""
 WIDTH = 4
@@ -86,24 +87,20 @@ class Costs:
 
     def __init__(self) -> None:
         self._steps: dict[int, float] = {}
-        self._run = 0.0
+        self._run: float | None = None
 
     def step(self, size: int, seconds: float) -> None:
         """A plain step of `size` texts."""
-        self._steps[size] = _smoothed(self._steps.get(size, 0.0), seconds)
+        self._steps[size] = smoothed(self._steps.get(size), seconds)
 
     def run(self, size: int, seconds: float) -> float:
         """A guess's run while `size` texts decoded; how many tokens plain steps would have made meanwhile."""
-        self._run = _smoothed(self._run, seconds)
+        self._run = smoothed(self._run, seconds)
         return self._tokens(size, seconds)
 
     def allow(self, size: int, guessed: int) -> bool:
         """Whether a guess of so many tokens can pay if it is right, as far as is known."""
-        return size in self._steps and guessed + 1 > self._tokens(size, self._run)
+        return size in self._steps and guessed + 1 > self._tokens(size, self._run or 0.0)
 
     def _tokens(self, size: int, seconds: float) -> float:
         return seconds * size / self._steps[size] if self._steps.get(size) else 0.0
-
-
-def _smoothed(before: float, now: float) -> float:
-    return now if before == 0 else before + SMOOTH * (now - before)

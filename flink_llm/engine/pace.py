@@ -3,7 +3,7 @@
 from flink_llm.errors import Overloaded
 
 SMOOTH = 0.2
-"""How much the latest service counts."""
+"""How much the latest measurement counts."""
 RETRY_S = (0.1, 30.0)
 """The bounds of a retry-after: below, refused requests only come to be refused again; above, the past says little."""
 RETRY_UNKNOWN_S = 0.5
@@ -19,8 +19,7 @@ class Pace:
 
     def took(self, seconds: float) -> None:
         """A place was held for so long. However that ended: it is free again."""
-        before = self._service_s
-        self._service_s = seconds if before is None else before + SMOOTH * (seconds - before)
+        self._service_s = smoothed(self._service_s, seconds)
 
     def wait(self, turns: int) -> float | None:
         """Seconds until places have become free `turns` times, None while nothing is known."""
@@ -41,6 +40,11 @@ class Pace:
             raise Overloaded(text, _bounded(wait), "deadline")
         if full:
             raise Overloaded("the queue is full", _bounded(self.wait(1)), "full")
+
+
+def smoothed(before: float | None, now: float) -> float:
+    """The moving mean of what was measured; `before` None where nothing was yet."""
+    return now if before is None else before + SMOOTH * (now - before)
 
 
 def _bounded(wait: float | None) -> float:

@@ -4,6 +4,7 @@ Every call raises RecordError for what this record did wrong, Overloaded for lac
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,18 @@ from flink_llm.errors import RecordError
 from flink_llm.records import Usage
 
 
-class Embedding(Struct, frozen=True):
-    """`vector` has shape [dimension], or as many as were asked for, float32."""
+class Said(Struct, frozen=True, kw_only=True):
+    """What every answer tells of its model: name, the hash of its manifest, and the tokens that it read."""
 
-    vector: npt.NDArray[np.float32]
     model: str
     model_hash: str
     usage: Usage
+
+
+class Embedding(Said, frozen=True, kw_only=True):
+    """`vector` has shape [dimension], or as many as were asked for, float32."""
+
+    vector: npt.NDArray[np.float32]
 
 
 class Embedder(Served):
@@ -38,17 +44,14 @@ class Embedder(Served):
         """
         done = await self._finish("embed", text=text, dimensions=dimensions)
         vector = np.frombuffer(done.vector, dtype="<f4")
-        return Embedding(vector, self.name, done.model or self.loaded.sha256, _usage(done))
+        return Embedding(vector=vector, **_said(self, done))
 
 
-class Classification(Struct, frozen=True):
+class Classification(Said, frozen=True, kw_only=True):
     """The best label, and the probability of each."""
 
     label: str
     scores: dict[str, float]
-    model: str
-    model_hash: str
-    usage: Usage
 
 
 class Classifier(Served):
@@ -62,16 +65,13 @@ class Classifier(Served):
         done = await self._finish("classify", text=text)
         scores = dict(zip(self.loaded.labels, done.scores, strict=True))
         best = max(scores, key=scores.__getitem__)
-        return Classification(best, scores, self.name, done.model or self.loaded.sha256, _usage(done))
+        return Classification(label=best, scores=scores, **_said(self, done))
 
 
-class Tagging(Struct, frozen=True):
+class Tagging(Said, frozen=True, kw_only=True):
     """`entities` in the order of the text, apart from each other."""
 
     entities: list[Entity]
-    model: str
-    model_hash: str
-    usage: Usage
 
 
 class Tagger(Served):
@@ -87,7 +87,7 @@ class Tagger(Served):
         since the entities of its rest would be missing.
         """
         done = await self._finish("tag", text=text)
-        return Tagging(done.entities, self.name, done.model or self.loaded.sha256, _usage(done))
+        return Tagging(entities=done.entities, **_said(self, done))
 
 
 class Ranked(Struct, frozen=True):
@@ -97,13 +97,10 @@ class Ranked(Struct, frozen=True):
     score: float
 
 
-class Ranking(Struct, frozen=True):
+class Ranking(Said, frozen=True, kw_only=True):
     """`scores` are 0 to 1, the higher the more relevant, in the order of the documents."""
 
     scores: list[float]
-    model: str
-    model_hash: str
-    usage: Usage
 
     def best(self, count: int | None = None) -> list[Ranked]:
         """The `count` best documents, all by default, the best first; of equal scores the earlier one first."""
@@ -126,8 +123,9 @@ class Reranker(Served):
         done = await self._finish("rerank", text=query, documents=documents)
         if len(done.scores) != len(documents):
             raise RecordError("model_error", f"{self.name} gave {len(done.scores)} scores for {len(documents)} texts")
-        return Ranking(done.scores, self.name, done.model or self.loaded.sha256, _usage(done))
+        return Ranking(scores=done.scores, **_said(self, done))
 
 
-def _usage(done: Done) -> Usage:
-    return Usage(prompt_tokens=done.prompt_tokens)
+def _said(served: Served, done: Done) -> dict[str, Any]:
+    usage = Usage(prompt_tokens=done.prompt_tokens)
+    return {"model": served.name, "model_hash": done.model or served.loaded.sha256, "usage": usage}
