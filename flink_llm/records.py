@@ -31,23 +31,33 @@ class Message(Struct, frozen=True):
     content: str
 
 
-class ChatRequest(Record, frozen=True, kw_only=True):
-    """What a client asks on `chat.requests`.
+class Request(Record, frozen=True, kw_only=True):
+    """What all requests have.
 
-    `session_id` is the record's key: one conversation, in turn. `deadline` is in seconds from the
-    record's arrival at the operator. `priority` 0 is served first, 9 last. `entities` are join keys
-    for features (for example `{"order_id": "1042"}`). `reply_to` names the topic of the response,
-    out of the job's configured list. `seed` defaults to a hash of the request id. At most one of
-    `json_schema`, `regex` and `choices` says what the reply must be. The other options are those of
-    `flink_llm.engine.options.Choices`.
+    `deadline` is in seconds from the record's arrival at the operator. `priority` 0 is served first, 9
+    last. `entities` are join keys for features (for example `{"order_id": "1042"}`). `reply_to` names the
+    topic of the response, out of the job's configured list.
     """
 
     request_id: Id
-    session_id: Id
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=256)]
     user_id: Id | None = None
     entities: dict[str, str | int] = {}
     model: Id | None = None
+    priority: Annotated[int, Meta(ge=0, le=9)] = 5
+    deadline: Annotated[float, Meta(gt=0, le=3600)] | None = None
+    reply_to: Id | None = None
+
+
+class ChatRequest(Request, frozen=True, kw_only=True):
+    """What a client asks on `chat.requests`.
+
+    `session_id` is the record's key: one conversation, in turn. `seed` defaults to a hash of the request
+    id. At most one of `json_schema`, `regex` and `choices` says what the reply must be. The other options
+    are those of `flink_llm.engine.options.Choices`.
+    """
+
+    session_id: Id
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Meta(ge=1, le=32_768)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
@@ -63,9 +73,6 @@ class ChatRequest(Record, frozen=True, kw_only=True):
     json_schema: dict[str, Any] | None = None
     regex: Annotated[str, Meta(min_length=1)] | None = None
     choices: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)] | None = None
-    priority: Annotated[int, Meta(ge=0, le=9)] = 5
-    deadline: Annotated[float, Meta(gt=0, le=3600)] | None = None
-    reply_to: Id | None = None
 
 
 class TokenRecord(Record, frozen=True, kw_only=True):
@@ -134,17 +141,10 @@ class ChatResponse(Record, frozen=True, kw_only=True):
     logprobs: list[Logprob] = []
 
 
-class EmbedRequest(Record, frozen=True, kw_only=True):
+class EmbedRequest(Request, frozen=True, kw_only=True):
     """A text to embed, classify or tag."""
 
-    request_id: Id
     text: str
-    user_id: Id | None = None
-    entities: dict[str, str | int] = {}
-    model: Id | None = None
-    priority: Annotated[int, Meta(ge=0, le=9)] = 5
-    deadline: Annotated[float, Meta(gt=0, le=3600)] | None = None
-    reply_to: Id | None = None
 
 
 class EmbedResponse(Record, frozen=True, kw_only=True):
@@ -188,18 +188,11 @@ class TagResponse(Record, frozen=True, kw_only=True):
     usage: Usage = Usage()
 
 
-class RerankRequest(Record, frozen=True, kw_only=True):
+class RerankRequest(Request, frozen=True, kw_only=True):
     """A query, and documents to order by how well they answer it."""
 
-    request_id: Id
     query: str
     documents: list[str]
-    user_id: Id | None = None
-    entities: dict[str, str | int] = {}
-    model: Id | None = None
-    priority: Annotated[int, Meta(ge=0, le=9)] = 5
-    deadline: Annotated[float, Meta(gt=0, le=3600)] | None = None
-    reply_to: Id | None = None
 
 
 class RerankResponse(Record, frozen=True, kw_only=True):
