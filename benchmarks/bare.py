@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.load import Request, rate
 from benchmarks.machine import CORES
-from flink_llm.engine.decoder import open_session
+from flink_llm.engine.decoder import LOGITS_FROM, open_session
 from flink_llm.engine.model import open_model_folder
 
 Floats = NDArray[np.floating[Any]]
@@ -42,17 +42,18 @@ class Bare:
         """Tokens per second over the makespan, greedy, prompts and replies of one length each."""
         began = time.perf_counter()
         length, replies = len(requests[0].tokens), requests[0].reply
-        last = self.read(np.array([request.tokens for request in requests]))[:, -1].argmax(axis=-1)
+        last = self.read(np.array([request.tokens for request in requests]), length - 1)[:, -1].argmax(axis=-1)
         step = Step(self, len(requests))
         for position in range(length, length + replies - 1):
             last = step(last, position).argmax(axis=-1)
         return rate(requests, began)
 
-    def read(self, tokens: NDArray[np.int64]) -> Floats:
-        """Logits [rows, length, vocabulary] of prompts from their beginning."""
+    def read(self, tokens: NDArray[np.int64], first: int = 0) -> Floats:
+        """Logits [rows, length - first, vocabulary] of prompts from their beginning."""
         rows, length = tokens.shape
-        logits = np.empty((rows, length, self.vocabulary), self._type)
+        logits = np.empty((rows, length - first, self.vocabulary), self._type)
         binding = self.bind(tokens, logits)
+        binding.bind_cpu_input(LOGITS_FROM, np.array([first], np.int64))
         mask = np.ones((rows, length), np.int64)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, mask.shape, mask.ctypes.data)
         self.session.run_with_iobinding(binding)

@@ -54,7 +54,8 @@ def source(
     """Records of `topics` as `INBOUND` rows whose event time is Kafka's timestamp.
 
     `start` is where to begin without a savepoint: "committed" takes the group's offsets, and the
-    earliest where there are none. `bounded` ends at what is there now. Raises ConfigError without topics.
+    earliest where there are none. `bounded` ends at what is there now. Raises ConfigError without topics, or
+    where Flink has no Kafka connector.
     """
     if not topics:
         raise ConfigError(f"{uid}: a source needs at least one topic")
@@ -86,7 +87,7 @@ def source(
            WATERMARK FOR `time` AS `time` - INTERVAL '0.001' SECOND""",
         options,
     )
-    with table_uids(tables, uid):
+    with table_uids(tables, uid), _connector_at_hand(uid):
         stream = tables.to_data_stream(tables.from_path(f"`{name}`"))
     return stream
 
@@ -108,7 +109,8 @@ def sink(
 
     Exactly once is transactional, in the pooled naming: `uid` and the consumer group name the
     transactions, so they must differ between jobs on one broker. Raises ConfigError when the broker's
-    maximum forbids the transaction timeout, or when `stream` lacks a field of `OUTBOUND`.
+    maximum forbids the transaction timeout, when `stream` lacks a field of `OUTBOUND`, or where Flink has
+    no Kafka connector.
     """
     if not topics:
         raise ConfigError(f"{uid}: a sink needs at least one topic")
@@ -146,8 +148,8 @@ def sink(
     view = f"`{name}_rows`"
     tables.create_temporary_view(view, tables.from_data_stream(stamped, schema))
     statements = tables.create_statement_set()
-    statements.add_insert_sql(f"INSERT INTO `{name}` SELECT {selected} FROM {view}")
-    with table_uids(tables, uid):
+    with table_uids(tables, uid), _connector_at_hand(uid):
+        statements.add_insert_sql(f"INSERT INTO `{name}` SELECT {selected} FROM {view}")
         statements.attach_as_datastream()
 
 
@@ -156,6 +158,19 @@ def record_columns() -> Schema.Builder:
     headers = DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES())
     types = [DataTypes.BYTES(), DataTypes.BYTES(), headers, DataTypes.STRING()]
     return Schema.new_builder().from_fields(OUTBOUND.get_field_names(), types)
+
+
+@contextlib.contextmanager
+def _connector_at_hand(uid: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # what PyFlink raises has no class of its own for it
+        if "for identifier 'kafka'" not in str(error):
+            raise
+        raise ConfigError(
+            f"{uid}: this environment has no Kafka connector: make it by flink_llm.environment.environment(), or "
+            f"env.add_jars() the connector's jar, or put it into Flink's lib folder"
+        ) from None
 
 
 def _check_rows(stream: DataStream, uid: str) -> None:

@@ -130,15 +130,15 @@ def check_reachable(settings: KafkaSettings) -> None:
     )
 
 
-def missing_topics(settings: KafkaSettings, topics: list[str]) -> list[str]:
-    """Which of `topics` the cluster does not show. Raises ConfigError when it cannot be asked."""
+def topics_there(settings: KafkaSettings) -> set[str]:
+    """The topics that the cluster shows. Raises ConfigError when it cannot be asked."""
     from kafka import KafkaAdminClient  # slow to import
     from kafka.errors import KafkaError
 
     try:
         admin = KafkaAdminClient(**client_options(settings), request_timeout_ms=PROBE_MS, bootstrap_timeout_ms=PROBE_MS)
         try:
-            return sorted(set(topics) - set(admin.list_topics()))
+            return set(admin.list_topics())
         finally:
             admin.close()
     except KafkaError as error:

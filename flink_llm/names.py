@@ -13,9 +13,15 @@ _MODEL = re.compile(r"(?!\.)[A-Za-z0-9._-]+")
 def unknown(where: str, name: str, known: Iterable[str]) -> str:
     """One line: what is unknown, where, and the nearest known name or all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+    near = nearest(name, names)
+    hint = f"did you mean {near!r}?" if near else f"known: {', '.join(names) or 'none'}"
     return f"{where}: unknown name {name!r}; {hint}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` may be a slip of."""
+    near = difflib.get_close_matches(name, sorted(known), 1)
+    return near[0] if near else None
 
 
 def check_topic(where: str, name: str) -> None:

@@ -52,7 +52,7 @@ def write(tables: Any, outputs: Outputs, settings: JobConfig) -> None:
 def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], arguments: list[str] | None = None) -> Any:
     """The `main` of a job: reads `--config`, builds, runs.
 
-    What is wrong before the start is one line and exit status 2, a job that ends in an error status 1.
+    Whatever ends it, before the start or after, is one line on stderr and exit status 1.
     """
     parser = argparse.ArgumentParser(description="A job of flink-llm.")
     parser.add_argument("--config", required=True, help="the job's YAML file")
@@ -65,7 +65,7 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
         build(env, settings)
     except FlinkLlmError as error:
         print(f"flink-llm: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1)
     if not environment.submitted():
         say = f"flink-llm: {settings.name} starts on a mini-cluster; Ctrl-C ends it; Flink's log: {log_folder()}"
         print(say, file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ import yaml
 from flink_llm.config import parse
 from flink_llm.engine.settings import HostSettings
 from flink_llm.errors import ConfigError, LocalError
-from flink_llm.local import checks, doctor, jars
+from flink_llm.local import broker, checks, doctor, jars
 from tests import tiny
 
 
@@ -126,7 +126,7 @@ def test_an_old_java_is_refused_with_what_to_do(tmp_path, monkeypatch):
 
 def test_transactions_are_looked_at_for_exactly_once_only(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checks, "check_reachable", lambda settings: None)
-    monkeypatch.setattr(checks, "missing_topics", lambda settings, topics: [])
+    monkeypatch.setattr(checks, "topics_there", lambda settings: set(broker.TOPICS))
     monkeypatch.setattr(checks, "check_transaction_timeout", lambda settings: "no permission")
     doctor.examine(job(), tmp_path)
     said = lines(capsys)
@@ -150,8 +150,12 @@ def test_what_is_missing_is_said_before_a_job_starts(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="is not a model folder"):
         checks.before_start(parse({**raw, "files": files}, tmp_path))
     monkeypatch.setattr(checks, "check_reachable", lambda settings: None)
-    monkeypatch.setattr(checks, "missing_topics", lambda settings, topics: ["chat.tokens"])
+    there = {"chat.requests", "chat.responses", "chat.failures"}
+    monkeypatch.setattr(checks, "topics_there", lambda settings: there)
     with pytest.raises(ConfigError, match=r"chat.tokens not there: .*local up --topic chat.tokens`$"):
+        checks.before_start(parse(raw, tmp_path))
+    there.add("chat.token")
+    with pytest.raises(ConfigError, match=r"`; did you mean 'chat.token' for 'chat.tokens'\?$"):
         checks.before_start(parse(raw, tmp_path))
 
 

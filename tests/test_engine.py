@@ -1,10 +1,13 @@
 """The engine on tiny random models: exact whoever shares the batch, and whatever a client does."""
 
 import asyncio
+import shutil
 
 import numpy as np
+import onnx_ir
 import pytest
 
+from flink_llm.engine import decoder as decoder_module
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import export_decoder
@@ -223,3 +226,34 @@ def test_what_a_row_between_others_holds_is_as_it_was(folder):
     decoder.copy(1, 2, len(held))
     np.testing.assert_allclose(decoder.prefill(2, [11], len(held)), expected, atol=1e-4)
     np.testing.assert_allclose(decoder.step([1], [12])[1], decoder.step([2], [12])[2], atol=1e-4)
+
+
+def test_a_prompts_logits_are_made_for_its_last_token_alone(folder, monkeypatch):
+    decoder = Decoder(open_model_folder(folder), device="cpu", threads=1, slots=1)
+    prompt = [5, 6, 7, 8]
+    every = decoder.read(0, prompt, 0)
+    sizes = []
+    bind_output = decoder_module._bind_output
+    monkeypatch.setattr(
+        decoder_module, "_bind_output", lambda *given: (sizes.append(given[2].shape), bind_output(*given))
+    )
+    np.testing.assert_allclose(decoder.prefill(0, prompt, 0), every[-1], atol=1e-5)
+    assert sizes == [(1, 1, 320)]
+
+
+def test_a_graph_that_makes_all_logits_serves_as_well(folder, tmp_path):
+    old = shutil.copytree(folder, tmp_path / "old")
+    model = onnx_ir.load(old / "model.onnx")
+    graph = model.graph
+    first = next(value for value in graph.inputs if value.name == decoder_module.LOGITS_FROM)
+    cut = next(iter(first.uses())).node
+    cut.outputs[0].replace_all_uses_with(cut.inputs[0])
+    graph.remove(cut, safe=True)
+    graph.inputs.remove(first)
+    del graph.initializers[decoder_module.LOGITS_FROM]
+    onnx_ir.save(model, old / "model.onnx")
+
+    async def reply(model):
+        return (await model.generate("Hello there", max_tokens=8)).text
+
+    assert run(tiny.changed(old), reply) == run(folder, reply)

@@ -20,6 +20,8 @@ from flink_llm.engine.faults import lacks_memory
 from flink_llm.engine.model import Manifest, ModelFolder
 from flink_llm.errors import ConfigError, ModelFolderError, Outage
 
+LOGITS_FROM = "logits_from"
+"""An input that a graph may have: of which position the first logits are wanted, see `export_logits`."""
 _TYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -67,6 +69,7 @@ class Decoder:
         self.context = manifest.context_length
         self._session = open_session(folder, device, threads)
         self._dtype, logits_dtype = _check_graph(self._session, manifest)
+        self._slices = LOGITS_FROM in {value.name for value in self._session.get_overridable_initializers()}
         self._shape = (manifest.num_kv_heads, manifest.context_length, manifest.head_dim)
         if device == "cpu":
             row = int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
@@ -85,19 +88,26 @@ class Decoder:
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
         """Reads `tokens` at position `start` of a slot; logits [vocabulary] after the last of them."""
-        last: NDArray[np.floating[Any]] = self.read(slot, tokens, start)[-1]
+        last: NDArray[np.floating[Any]] = self._read(slot, tokens, start, len(tokens) - 1)[-1]
         return last
 
     def read(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
         """As `prefill`; logits [tokens, vocabulary] after each of them."""
+        return self._read(slot, tokens, start, 0)
+
+    def _read(self, slot: int, tokens: Sequence[int], start: int, first: int) -> NDArray[np.floating[Any]]:
+        """Logits after each token from the one numbered `first` on; after more where the graph makes them anyway."""
         if start == 0:
             self._cache.forget(slot)
         self._cache.use([slot])
         count = len(tokens)
         ids = np.asarray(tokens, dtype=np.int64).reshape(1, count)
         mask = np.ones((1, start + count), dtype=np.int64)
-        logits = np.empty((1, count, self.vocabulary), dtype=self._logits.dtype)
+        begin = np.array([first if self._slices else 0], dtype=np.int64)
+        logits = np.empty((1, count - int(begin[0]), self.vocabulary), dtype=self._logits.dtype)
         binding = self._session.io_binding()
+        if self._slices:
+            _bind_input(binding, LOGITS_FROM, begin)
         self._cache.bind(binding, first=slot, rows=1)
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)

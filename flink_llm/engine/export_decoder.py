@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flink_llm.engine.export_logits import slice_logits
 from flink_llm.engine.export_source import NEEDS, Source
 from flink_llm.engine.quantize import EightBits, quantize_rows
 from flink_llm.errors import ExportError
@@ -77,6 +78,7 @@ def _build(source: Source, to: Path, precision: str) -> None:
             builder.create_model(None, *where, **parsed)
         except Exception as error:  # the builder raises whatever torch and transformers raise
             raise ExportError(f"{source.name} could not be built: {type(error).__name__}: {error}") from error
+    slice_logits(to / "model.onnx")
 
 
 def _say_windows(config: Any) -> None:

@@ -157,7 +157,8 @@ class Broker:
 def create_topics(bootstrap_servers: str, topics: Iterable[str]) -> None:
     """Makes the topics (`name[:partitions]`) that do not exist yet; others stay as they are.
 
-    Raises ConfigError for a topic that no broker takes, LocalError when the broker refuses.
+    Raises ConfigError for a topic that no broker takes, LocalError when the broker refuses, or when a topic
+    exists with another number of partitions than the one asked for.
     """
     from kafka import KafkaAdminClient  # slow to import, and not needed by `status`
     from kafka.admin import NewTopic
@@ -167,18 +168,27 @@ def create_topics(bootstrap_servers: str, topics: Iterable[str]) -> None:
     try:
         admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
         try:
-            for name in sorted(set(wanted) - set(admin.list_topics())):
+            there = set(admin.list_topics())
+            for name in sorted(set(wanted) - there):
                 with contextlib.suppress(TopicAlreadyExistsError):  # made meanwhile by somebody else
-                    admin.create_topics([NewTopic(name, num_partitions=wanted[name], replication_factor=1)])
+                    admin.create_topics([NewTopic(name, num_partitions=wanted[name] or 1, replication_factor=1)])
+            asked = sorted(name for name in there.intersection(wanted) if wanted[name] is not None)
+            for found in admin.describe_topics(asked) if asked else []:
+                name, count = found["name"], len(found["partitions"])
+                if count != wanted[name]:
+                    raise LocalError(
+                        f"topic {name} is there already, with {count} partitions, not {wanted[name]}: write {name} "
+                        f"alone to take it as it is, or `flink-llm local down --wipe` first, which deletes all topics"
+                    )
         finally:
             admin.close()
     except KafkaError as error:
         raise LocalError(f"the broker at {bootstrap_servers} refuses: {reason(error)}") from error
 
 
-def _partitions(topics: Iterable[str]) -> dict[str, int]:
-    """Partitions by topic name."""
-    wanted: dict[str, int] = {}
+def _partitions(topics: Iterable[str]) -> dict[str, int | None]:
+    """Partitions by topic name, None where no number is given."""
+    wanted: dict[str, int | None] = {}
     for topic in topics:
         found = _TOPIC.fullmatch(topic)
         if found is None:
@@ -187,5 +197,5 @@ def _partitions(topics: Iterable[str]) -> dict[str, int]:
         for other in wanted:  # a metric's name has '_' for both
             if other != found[1] and other.replace(".", "_") == found[1].replace(".", "_"):
                 raise ConfigError(f"topic {topic!r}: no broker takes it beside {other!r}")
-        wanted[found[1]] = int(found[2] or 1)
+        wanted[found[1]] = int(found[2]) if found[2] else None
     return wanted

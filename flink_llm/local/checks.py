@@ -15,9 +15,9 @@ from pathlib import Path
 from flink_llm.config import JobConfig
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.errors import ConfigError, LocalError
-from flink_llm.kafka_settings import beyond_this_client, check_reachable, check_transaction_timeout, missing_topics
+from flink_llm.kafka_settings import beyond_this_client, check_reachable, check_transaction_timeout, topics_there
 from flink_llm.local import jars
-from flink_llm.names import unknown
+from flink_llm.names import nearest, unknown
 
 FLAVOURS = {"onnxruntime": "cpu", "onnxruntime-gpu": "gpu"}
 
@@ -166,12 +166,16 @@ def topics(config: JobConfig) -> str:
     if why is not None:
         return f"not checked: {why}"
     wanted = list(dict.fromkeys([*config.topics.requests, *config.topics.written().values()]))
-    missing = missing_topics(config.kafka, wanted)
+    there = topics_there(config.kafka)
+    missing = [name for name in wanted if name not in there]
     if missing:
+        others = there.difference(wanted)
+        near = {name: found for name in missing if (found := nearest(name, others))}
+        hint = "".join(f"; did you mean {found!r} for {name!r}?" for name, found in near.items())
         options = " ".join(f"--topic {name}" for name in missing)
         raise ConfigError(
             f"topics: {', '.join(missing)} not there: make {'it' if len(missing) == 1 else 'them'}, "
-            f"locally by `flink-llm local up {options}`"
+            f"locally by `flink-llm local up {options}`{hint}"
         )
     return ", ".join(wanted)
 

@@ -1,5 +1,7 @@
 """Whole records through a real broker and a job whose Python runs in a process of its own."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,9 +11,10 @@ from pyflink.common import Row
 from pyflink.datastream.functions import ProcessFunction
 
 from flink_llm import environment, kafka
-from flink_llm.errors import ConfigError
+from flink_llm.errors import ConfigError, LocalError
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.kafka_settings import KafkaSettings
+from flink_llm.local.broker import create_topics
 
 NOW = int(time.time() * 1000)
 YEAR_MS = 365 * 24 * 3600 * 1000
@@ -134,3 +137,28 @@ def test_a_transaction_longer_than_the_brokers_maximum_is_refused(broker):
     settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, transaction_timeout_ms=3_600_000)
     with pytest.raises(ConfigError, match=r"is 3600000, the broker's transaction\.max\.timeout\.ms is 900000"):
         kafka.sink(environment.tables(env), rows, settings, ["t"], uid="rows", delivery="exactly_once")
+
+
+WITHOUT_A_CONNECTOR = """
+from pyflink.datastream import StreamExecutionEnvironment
+from flink_llm import environment, kafka
+from flink_llm.kafka_settings import KafkaSettings
+from flink_llm.local.broker import create_topics
+
+tables = environment.tables(StreamExecutionEnvironment.get_execution_environment())
+kafka.source(tables, KafkaSettings(), ["requests"], uid="requests")
+"""
+
+
+def test_an_environment_without_the_connector_is_told_so():
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_A_CONNECTOR], capture_output=True, text=True)
+    said = ran.stderr.strip().splitlines()[-1]
+    assert "ConfigError: requests: this environment has no Kafka connector: make it by" in said
+
+
+def test_a_topic_with_other_partitions_is_not_taken_for_the_one_asked_for(broker, topics):
+    (name,) = topics("orders", partitions=2)
+    create_topics(broker.bootstrap_servers, [name])
+    create_topics(broker.bootstrap_servers, [f"{name}:2"])
+    with pytest.raises(LocalError, match=f"topic {name} is there already, with 2 partitions, not 9: "):
+        create_topics(broker.bootstrap_servers, [f"{name}:9"])
