@@ -3,7 +3,19 @@
 import threading
 import time
 
-from flink_llm.places import PATIENCE_S, Places
+import pytest
+
+from flink_llm import places as module
+from flink_llm.places import Places
+
+PATIENCE_S = 0.5
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Long enough to be told from none on a busy machine."""
+    monkeypatch.setattr(module, "PATIENCE_S", PATIENCE_S)
+    monkeypatch.setattr(module, "PATIENCE_MOST_S", 3 * PATIENCE_S)
 
 
 def taken_in(places, **options):
@@ -28,6 +40,21 @@ def test_one_bundle_waits_no_longer_than_one_record():
     assert sum(others) < PATIENCE_S / 2
     places.let_go()
     assert taken_in(places) > 0.9 * PATIENCE_S
+
+
+def test_who_has_overdrawn_much_waits_longer():
+    places = Places(8)
+    for _ in range(8):
+        places.take()
+    places.let_go()
+    assert 0.9 * PATIENCE_S < taken_in(places) < 2 * PATIENCE_S
+    assert taken_in(places) < PATIENCE_S / 2  # the patience of this bundle is spent
+    places.let_go()
+    assert taken_in(places) > 2.9 * PATIENCE_S
+    places.give(8)
+    places.take()
+    places.let_go()
+    assert taken_in(places) < PATIENCE_S / 2
 
 
 def test_a_call_that_waits_for_the_mailbox_lends_one_place_and_no_more():

@@ -9,6 +9,7 @@ import pytest
 from flink_llm.call import OperatorSettings
 from flink_llm.errors import FlinkLlmError, Outage, Overloaded, RecordError, StateError
 from flink_llm.handler import AsyncUdf
+from flink_llm.places import PATIENCE_S
 from flink_llm.records import ChatRequest, ChatResponse, Message
 from flink_llm.testing import FakeServices, Harness, Script
 
@@ -361,7 +362,7 @@ def test_a_full_operator_gives_way_after_its_patience():
         waited = time.monotonic() - began
         Plain.release.set()
         run.finish()
-    assert 0.9 < waited < 3
+    assert 0.9 * PATIENCE_S < waited < 3
     assert len(run.results()) == 2
 
 
