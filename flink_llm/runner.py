@@ -25,6 +25,7 @@ from flink_llm.engine.generation import CallInfo, current_call
 from flink_llm.errors import DeadlineExceeded, FlinkLlmError, Outage, Overloaded, RecordError, StateError
 from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services, check_result, signature_of
 from flink_llm.places import Places
+from flink_llm.turns import Repeats, Turns
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class Runner:
         self._woken = False
         self._fatal: FlinkLlmError | None = None
         self._answered_at = -1.0
-        self._alive: dict[tuple[int, bytes], Call] = {}
-        self._lanes: dict[tuple[int, str], Lane] = {}
+        self._turns = Turns(self._ready_to_run, one_by_one=self.stateful, ordered=settings.ordered)
+        self._repeats = Repeats(self._turns.take, self._end)
         self._timed: set[Call] = set()
         self._running = 0
         self._ready: deque[tuple[Call, Lane | None]] = deque()
@@ -104,10 +105,9 @@ class Runner:
         """The outcome of `call` is in Flink's hands: what was kept for its repeats can go."""
 
         def forget() -> None:
-            if call.identity is not None and self._alive.get(call.identity) is call:
-                del self._alive[call.identity]
+            self._repeats.forget(call)
             if last_of_key:
-                self._lanes.pop((call.shard.number, call.key), None)
+                self._turns.forget(call)
 
         self._post(forget)
 
@@ -174,43 +174,17 @@ class Runner:
         try:
             limit = call.time_left(self.settings.deadline, time.time() * 1000, excused=excused)
         except RecordError as error:
-            self._queue(call)
+            self._turns.enter(call)
             return self._end(call, Failed(error.code, error.message))
         if limit is not None:
             call.expires_at = self.clock.now() + limit
             self._timed.add(call)
-        lane = self._queue(call)
+        self._turns.enter(call)
         if call.outcome is not None:
             return self._end(call, call.outcome)
-        first = self._alive.get(call.identity) if call.identity is not None else None
-        if first is not None:
-            return self._repeat(first, call)
-        if call.identity is not None:
-            self._alive[call.identity] = call
-        self._take_turn(call, lane)
+        self._repeats.admit(call)
 
-    def _queue(self, call: Call) -> Lane | None:
-        if not (self.stateful or self.settings.ordered):
-            return None
-        lane = self._lanes.setdefault((call.shard.number, call.key), Lane(call.committed_state))
-        if self.settings.ordered:
-            lane.order.append(call)
-        return lane
-
-    def _repeat(self, first: Call, call: Call) -> None:
-        if first.payload_hash != call.payload_hash:
-            self._end(call, conflict(call.request_id))
-        elif first.ended and isinstance(first.outcome, Result):
-            self._end(call, first.outcome.again())
-        else:
-            first.repeats.append(call)
-
-    def _take_turn(self, call: Call, lane: Lane | None) -> None:
-        if self.stateful and lane is not None:
-            if lane.running is not None:
-                lane.waiting.append(call)
-                return
-            lane.running = call
+    def _ready_to_run(self, call: Call, lane: Lane | None) -> None:
         self._ready.append((call, lane))
         self._begin()
 
@@ -329,45 +303,8 @@ class Runner:
         if isinstance(outcome, Result):
             self._answered_at = self.clock.now()
         self._timed.discard(call)
-        lane = self._lanes.get((call.shard.number, call.key))
-        if lane is None:
-            self._hand_over([call])
-        else:
-            self._next_turn(call, lane, outcome)
-        repeats, call.repeats = call.repeats, []
-        if isinstance(outcome, Result):
-            for repeat in repeats:
-                self._end(repeat, outcome.again())
-            return
-        if call.identity is not None and self._alive.get(call.identity) is call:
-            del self._alive[call.identity]  # a failure is not remembered: the next repeat runs in its place
-            for repeat in repeats:
-                if not repeat.ended:
-                    self._again(repeat)
-
-    def _again(self, call: Call) -> None:
-        first = self._alive.get(call.identity) if call.identity is not None else None
-        if first is not None:
-            return self._repeat(first, call)
-        if call.identity is not None:
-            self._alive[call.identity] = call
-        self._take_turn(call, self._lanes.get((call.shard.number, call.key)))
-
-    def _next_turn(self, call: Call, lane: Lane, outcome: Outcome) -> None:
-        if isinstance(outcome, Result) and outcome.state is not None:
-            lane.state = outcome.state
-        if lane.running is call:
-            lane.running = None
-            while lane.waiting and lane.running is None:
-                waiting = lane.waiting.popleft()
-                if not waiting.ended:
-                    self._take_turn(waiting, lane)
-        if not self.settings.ordered:
-            return self._hand_over([call])
-        ready = []
-        while lane.order and lane.order[0].ended:
-            ready.append(lane.order.popleft())
-        self._hand_over(ready)
+        self._hand_over(self._turns.leave(call, outcome))
+        self._repeats.answer(call, outcome)
 
     def _hand_over(self, calls: list[Call]) -> None:
         for call in calls:
@@ -417,8 +354,3 @@ def _told(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:
         return type(error).__name__
-
-
-def conflict(request_id: str | None) -> Failed:
-    """The outcome of a request id that was used before with another payload."""
-    return Failed("conflicting_request", f"request id {request_id!r} was used before with another payload")

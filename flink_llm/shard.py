@@ -19,7 +19,8 @@ from flink_llm.call import DEADLINE_HEADER, EMPTY_STATE, Call, Failed, Outcome, 
 from flink_llm.errors import RecordError, StateError
 from flink_llm.kept import Kept, Remembered
 from flink_llm.records import Failure
-from flink_llm.runner import Runner, conflict
+from flink_llm.runner import Runner
+from flink_llm.turns import conflict
 
 CACHED_BYTES = 16 * 1024 * 1024
 """Of the states of a shard's keys, how much is kept in memory as well."""
