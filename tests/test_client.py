@@ -21,7 +21,7 @@ from filelock import FileLock
 from flink_llm import __version__, services
 from flink_llm.engine import client as client_module
 from flink_llm.engine import connection, launch
-from flink_llm.engine import host as host_module
+from flink_llm.engine import peer as peer_module
 from flink_llm.engine.client import HostClient, open_engine
 from flink_llm.engine.deployment import deployment_id
 from flink_llm.engine.host import Host
@@ -505,7 +505,7 @@ def test_work_too_large_for_a_frame_fails_alone(folder: Path, monkeypatch: pytes
 
 def test_host_of_another_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_in(folder)
-    monkeypatch.setattr(host_module, "__version__", "9.9.9")
+    monkeypatch.setattr(peer_module, "__version__", "9.9.9")
 
     async def case(client: HostClient) -> None:
         host = Host(ScriptedBackend({"echo": Script()}), "cpu", linger_s=30)

@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from flink_llm import __version__
 from flink_llm.engine import host as host_module
+from flink_llm.engine import peer as peer_module
 from flink_llm.engine import work as work_module
 from flink_llm.engine.host import Host, serve
 from flink_llm.engine.place import socket_folder, socket_path
@@ -250,7 +251,7 @@ def test_half_a_frame_waits_and_harms_nobody(folder: Path) -> None:
 
 
 def test_client_without_a_greeting_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "GREETING_S", 0.1)
+    monkeypatch.setattr(peer_module, "GREETING_S", 0.1)
 
     async def case(served: Served) -> None:
         good, silent = await served.connect(), await served.connect(greet=False)
@@ -530,7 +531,7 @@ def test_a_load_is_answered_whatever_the_error_says(folder: Path) -> None:
 
 
 def test_client_that_does_not_read_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "UNSENT_LIMIT_BYTES", 1_000_000)
+    monkeypatch.setattr(peer_module, "UNSENT_LIMIT_BYTES", 1_000_000)
 
     async def case(served: Served) -> None:
         good = await served.connect()
