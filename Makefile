@@ -41,7 +41,7 @@ bench-setup: setup-dev ## and what the benchmarks' peers need (llama.cpp is comp
 demo: setup ## set everything up and run the main job, Kafka to Kafka, with the demo model
 	@$(BIN)/flink-llm demo
 
-test: setup-dev ## set everything up and run the tests
+test: check ## set everything up, lint, check types and run the tests
 	@$(BIN)/python -m pytest -m "not slow"
 
 test-all: setup-dev ## the tests, the slow ones included

@@ -19,6 +19,16 @@ ROOMS = {
     "onnxruntime_genai": ["flink_llm/engine/export_decoder.py"],
     "prometheus_client": ["flink_llm/engine/metrics"],
     "torch": ["flink_llm/engine/export", "flink_llm/engine/parity.py", "models/training/"],
+    "apache_beam": ["udfs/bundles.py"],
+    "kafka": ["flink_llm/kafka_settings.py", "flink_llm/local/"],  # what a job reads and writes goes through Flink
+    "flink_llm.local": [
+        "flink_llm/local/",
+        "flink_llm/cli.py",
+        "flink_llm/environment.py",  # the mini-cluster's Java, jars and failures
+        "flink_llm/engine/launch.py",  # starts the host as a process
+        "flink_llm/feature_admin.py",  # the demo's rows
+        "jobs/edges.py",  # what is checked before a start on this machine
+    ],
     "transformers": ["flink_llm/engine/export", "models/training/"],
 }
 SOURCES = sorted(
@@ -54,4 +64,4 @@ def test_imports_stay_in_their_rooms(path):
 
 def test_modules_can_be_read_at_one_sitting():
     long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
-    assert {name: lines for name, lines in long.items() if lines > 460} == {}
+    assert {name: lines for name, lines in long.items() if lines > 380} == {}
