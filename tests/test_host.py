@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -507,6 +509,22 @@ def test_refused_model_is_told(folder: Path) -> None:
         fault = await wire.receive()
         assert (fault.call, fault.kind) == (5, "model_folder")
         assert "no script for the model 'nowhere'" in fault.message
+
+    run(folder, case)
+
+
+def test_a_collection_does_not_walk_over_what_came_with_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(host_module, "gc", SimpleNamespace(**{
+        name: functools.partial(done.append, name) for name in ("unfreeze", "collect", "freeze")
+    }))  # fmt: skip
+
+    async def case(served: Served) -> None:
+        wire = await served.connect()
+        for name in ("echo", "echo", "slow"):
+            await wire.load(name)
+            assert await wire.alive()
+        assert done == 2 * ["unfreeze", "collect", "freeze"]  # for each model once, what an old one left included
 
     run(folder, case)
 
