@@ -205,6 +205,54 @@ def features_fill(config: Path) -> None:
         click.echo(f"{view}: {count} rows")
 
 
+@main.group()
+def failures() -> None:
+    """Read what a job could not answer, and send it again."""
+
+
+def _which(command: Any) -> Any:
+    for option in (
+        click.option("--request", "requests", multiple=True, metavar="ID", help="Of these requests only."),
+        click.option("--until", metavar="WHEN", help="Failed before then."),
+        click.option("--since", metavar="WHEN", help="Failed then or later: 30m, 2h, 3d ago, or 2026-01-31T12:00."),
+        click.option("--code", "codes", multiple=True, help="With this code (docs/records.md); may be repeated."),
+        click.argument("config", type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+@failures.command(name="list")
+@_which
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(0), help="Lines; the latest ones.")
+def failures_list(config: Path, limit: int, **which: Any) -> None:
+    """List the dead letters of the job CONFIG, and count them by code.
+
+    For example: flink-llm failures list job.yaml --since 2h --code deadline
+    """
+    from flink_llm.local.replay import listed
+
+    for line in listed(config, limit, **which):
+        click.echo(line)
+
+
+@failures.command(name="replay")
+@_which
+@click.option("--send", is_flag=True, help="Send them; without it, say only what would be sent.")
+def failures_replay(config: Path, send: bool, **which: Any) -> None:
+    """Send the originals of dead letters to their topics again.
+
+    Each request once, with its id: one that has been answered meanwhile is not answered twice.
+    What has expired is said and counted. Mend first what made them fail.
+
+    For example: flink-llm failures replay job.yaml --code outage --since 3h --send
+    """
+    from flink_llm.local.replay import replayed
+
+    for line in replayed(config, send, tell=lambda line: click.echo(line, err=True), **which):
+        click.echo(line)
+
+
 @main.command()
 @click.argument("source")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Folder to make.")

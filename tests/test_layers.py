@@ -20,7 +20,11 @@ ROOMS = {
     "prometheus_client": ["flink_llm/engine/metrics"],
     "torch": ["flink_llm/engine/export", "flink_llm/engine/parity.py", "models/training/"],
     "apache_beam": ["udfs/bundles.py"],
-    "kafka": ["flink_llm/kafka_settings.py", "flink_llm/local/"],  # what a job reads and writes goes through Flink
+    "kafka": [  # what a job reads and writes goes through Flink
+        "flink_llm/kafka_settings.py",
+        "flink_llm/dead_letters.py",  # for the command line
+        "flink_llm/local/",
+    ],
     "flink_llm.local": [
         "flink_llm/local/",
         "flink_llm/cli.py",
