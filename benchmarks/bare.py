@@ -53,7 +53,8 @@ class Bare:
         rows, length = tokens.shape
         logits = np.empty((rows, length - first, self.vocabulary), self._type)
         binding = self.bind(tokens, logits)
-        binding.bind_cpu_input(LOGITS_FROM, np.array([first], np.int64))
+        begin = np.array([first], np.int64)
+        binding.bind_input(LOGITS_FROM, "cpu", 0, np.int64, begin.shape, begin.ctypes.data)
         mask = np.ones((rows, length), np.int64)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, mask.shape, mask.ctypes.data)
         self.session.run_with_iobinding(binding)

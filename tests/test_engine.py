@@ -257,3 +257,23 @@ def test_a_graph_that_makes_all_logits_serves_as_well(folder, tmp_path):
         return (await model.generate("Hello there", max_tokens=8)).text
 
     assert run(tiny.changed(old), reply) == run(folder, reply)
+
+
+def test_prompts_that_are_read_together_are_read_as_alone(folder):
+    decoder = Decoder(open_model_folder(folder), device="cpu", threads=1, slots=5)
+    prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
+    for slot in (0, 4):
+        decoder.prefill(slot, [4, 5, 6], 0)
+    held = decoder.step([0, 4], [7, 8])[[0, 4]].copy()
+    alone = []
+    for prompt in prompts:
+        first = decoder.prefill(2, prompt, 0).copy()
+        alone.append((first, decoder.step([2], [20])[2].copy(), decoder.step([2], [21])[2].copy()))
+    for slot in (0, 4):
+        decoder.prefill(slot, [4, 5, 6], 0)
+    together = decoder.read_together(1, prompts).copy()
+    steps = [decoder.step([1, 2, 3], [token] * 3)[1:4].copy() for token in (20, 21)]
+    for row, expected in enumerate(alone):
+        for found, wanted in zip((together[row], steps[0][row], steps[1][row]), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-4)
+    np.testing.assert_allclose(decoder.step([0, 4], [7, 8])[[0, 4]], held, atol=1e-4)  # nobody else's rows are touched

@@ -216,7 +216,7 @@ def poisoned(run: Any, poison: int, error: Exception) -> Any:
     """A run of the decoder that fails whenever the token takes part in it."""
 
     def failing(slots: Any, tokens: Any, *rest: Any) -> Any:
-        if poison in tokens:
+        if poison in np.hstack(tokens):
             raise error
         return run(slots, tokens, *rest)
 
@@ -228,6 +228,7 @@ def test_a_failing_prefill_fails_alone(folder: Path) -> None:
         decoder = stage.served._decoder
         poison = stage.served._tokenizer.encode_text("!")[0]
         decoder.prefill = poisoned(decoder.prefill, poison, RuntimeError("out of bounds"))
+        decoder.read_together = poisoned(decoder.read_together, poison, RuntimeError("out of bounds"))
         goods = [stage.model.generate("good", max_tokens=20) for _ in range(3)]
         found = await asyncio.gather(outcome(stage.model.generate("bad!")), *(good._whole() for good in goods))
         assert found[0] == "model_error"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flink_llm.engine.pace import RETRY_S, RETRY_UNKNOWN_S, SMOOTH
-from flink_llm.engine.scheduler import AGEING_S, HOLD_S, HOLD_SHARE, LANES, Entry, Scheduler
+from flink_llm.engine.scheduler import AGEING_S, HOLD_S, HOLD_SHARE, LANES, SPREAD, Entry, Scheduler
 from flink_llm.errors import Overloaded
 
 CHUNK = 8
@@ -45,7 +45,7 @@ def test_no_slot_leaks_and_no_request_is_lost_or_doubled(events):
         elif event[0] == "step":
             now += event[1]
             plan = scheduler.plan(CHUNK)
-            taking_part = [*plan.decode, *([plan.prefill[0]] if plan.prefill else [])]
+            taking_part = [*plan.decode, *([plan.prefill[0]] if plan.prefill else []), *plan.beside]
             slots = [entry.slot for entry in taking_part]
             assert len(set(slots)) == len(slots)
             assert all(slot is not None and 0 <= slot < 3 for slot in slots)
@@ -54,7 +54,12 @@ def test_no_slot_leaks_and_no_request_is_lost_or_doubled(events):
                 entry, start, count = plan.prefill
                 assert start == entry.filled and 0 < count <= CHUNK
                 begun += [entry.item] if start == entry.shared else []
+                if plan.beside:
+                    check_run([entry, *plan.beside])
                 scheduler.advance(entry, count)
+            for other in plan.beside:
+                begun.append(other.item)
+                scheduler.advance(other, other.left)
             for entry in plan.decode[:1]:  # one generation ends
                 scheduler.remove(entry)
                 ended.add(entry.item)
@@ -67,6 +72,14 @@ def test_no_slot_leaks_and_no_request_is_lost_or_doubled(events):
     assert scheduler._slots.free == 3
 
 
+def check_run(entries: list[Entry[int]]) -> None:
+    """Whole prompts of about one length in neighbouring slots, padded no more than a chunk."""
+    lengths, slots = [entry.left for entry in entries], sorted(entry.slot for entry in entries)
+    assert not any(entry.filled for entry in entries)
+    assert slots == list(range(slots[0], slots[0] + len(slots)))
+    assert max(lengths) * len(lengths) <= CHUNK and max(lengths) - min(lengths) <= SPREAD
+
+
 def finish(scheduler: Scheduler[int], left: list[Entry[int]]) -> None:
     """Every request that is left is prefilled and decodes once; `plan` may not forget one."""
     wanted = {entry.item for entry in left}
@@ -74,6 +87,8 @@ def finish(scheduler: Scheduler[int], left: list[Entry[int]]) -> None:
         plan = scheduler.plan(CHUNK)
         if plan.prefill:
             scheduler.advance(plan.prefill[0], plan.prefill[2])
+        for entry in plan.beside:
+            scheduler.advance(entry, entry.left)
         for entry in plan.decode:
             wanted.remove(entry.item)
             scheduler.remove(entry)
@@ -381,3 +396,24 @@ def test_no_reply_stands_still_for_long_in_all(steps):
         clock.now += seconds
         for entry in plan.decode[:1]:
             scheduler.remove(entry)
+
+
+def test_a_burst_of_prompts_of_about_one_length_is_read_in_one_run():
+    scheduler: Scheduler[int] = Scheduler(slots=8, limit=10)
+    lengths = [20, 22, 20, 60, 21]
+    for number, length in enumerate(lengths):
+        scheduler.add(number, [1000 * number + i for i in range(length)], priority=5, now=float(number))
+    plan = scheduler.plan(10, 200)
+    assert [plan.prefill[0].item, *(entry.item for entry in plan.beside)] == [
+        0,
+        1,
+        2,
+    ]  # not the long one, nor beyond it
+    for entry in (plan.prefill[0], *plan.beside):
+        scheduler.advance(entry, entry.left)
+    plan = scheduler.plan(10, 200)
+    assert (plan.prefill[0].item, plan.beside) == (3, [])
+    apart: Scheduler[int] = Scheduler(slots=8, limit=10, together=False)
+    for number in range(2):
+        apart.add(number, [1000 * number + i for i in range(20)], priority=5, now=0.0)
+    assert apart.plan(10, 200).beside == []

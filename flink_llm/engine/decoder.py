@@ -22,6 +22,7 @@ from flink_llm.errors import ConfigError, ModelFolderError, Outage
 
 LOGITS_FROM = "logits_from"
 """An input that a graph may have: of which position the first logits are wanted, see `export_logits`."""
+Array = NDArray[np.int64]
 _TYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -86,6 +87,11 @@ class Decoder:
         """Whether `copy` can be asked for."""
         return self._cache.in_reach
 
+    @property
+    def together(self) -> bool:
+        """Whether `read_together` can be asked for: padded rows have been verified on the CPU only."""
+        return self._cache.in_reach
+
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
         """Reads `tokens` at position `start` of a slot; logits [vocabulary] after the last of them."""
         last: NDArray[np.floating[Any]] = self._read(slot, tokens, start, len(tokens) - 1)[-1]
@@ -105,17 +111,39 @@ class Decoder:
         mask = np.ones((1, start + count), dtype=np.int64)
         begin = np.array([first if self._slices else 0], dtype=np.int64)
         logits = np.empty((1, count - int(begin[0]), self.vocabulary), dtype=self._logits.dtype)
+        self._run(slot, ids, mask, begin, logits)
+        self._lengths[slot] = start + count
+        every: NDArray[np.floating[Any]] = logits[0]
+        return every
+
+    def _run(self, first: int, ids: Array, mask: Array, begin: Array, logits: NDArray[np.floating[Any]]) -> None:
         binding = self._session.io_binding()
         if self._slices:
             _bind_input(binding, LOGITS_FROM, begin)
-        self._cache.bind(binding, first=slot, rows=1)
+        self._cache.bind(binding, first=first, rows=len(ids))
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)
         _bind_output(binding, "logits", logits)
         self._session.run_with_iobinding(binding)
-        self._lengths[slot] = start + count
-        every: NDArray[np.floating[Any]] = logits[0]
-        return every
+
+    def read_together(self, first: int, prompts: Sequence[Sequence[int]]) -> NDArray[np.floating[Any]]:
+        """Reads whole prompts into slots `first` and on in one run; logits [prompts, vocabulary] after each of them.
+
+        Shorter ones are padded behind: what that writes into the cache is written over by their replies.
+        """
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+        rows, longest = len(prompts), int(lengths.max())
+        mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+        ids = np.zeros((rows, longest), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+            self._cache.forget(first + row)
+        begin = np.array([lengths.min() - 1 if self._slices else 0], dtype=np.int64)
+        logits = np.empty((rows, longest - int(begin[0]), self.vocabulary), dtype=self._logits.dtype)
+        self._run(first, ids, mask, begin, logits)
+        self._lengths[first : first + rows] = lengths
+        last: NDArray[np.floating[Any]] = logits[np.arange(rows), lengths - 1 - begin]
+        return last
 
     def cut(self, slot: int, length: int) -> None:
         """Only the first `length` tokens that were read into a slot are to be held."""

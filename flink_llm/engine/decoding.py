@@ -72,7 +72,8 @@ class Decoding:
         return self._scheduler.held(busy)
 
     def _new_scheduler(self) -> Scheduler[_Generation]:
-        return Scheduler(self._settings.slots, self._settings.queue, copies=self._decoder.copies)
+        able = self._decoder
+        return Scheduler(self._settings.slots, self._settings.queue, copies=able.copies, together=able.together)
 
     def add(self, job: Job) -> None:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
@@ -101,7 +102,9 @@ class Decoding:
         plan = self._scheduler.plan(self._chunk(), CHUNK)
         for entry in plan.sharing:
             self._decoder.copy(entry.source, _slot(entry), entry.shared)
-        if plan.prefill is not None:
+        if plan.prefill is not None and plan.beside:
+            self._prefill_together([plan.prefill[0], *plan.beside], said)
+        elif plan.prefill is not None:
             self._prefill(*plan.prefill, said)
         if plan.decode:
             self._go_on(plan.decode, said)
@@ -155,19 +158,33 @@ class Decoding:
         return self._grammars.grammar(wanted, min(options.max_tokens, self._context - prompt))
 
     def _prefill(self, entry: Entry[_Generation], start: int, count: int, said: Said) -> None:
-        sequence = entry.item.sequence
         began = time.monotonic()
         if start == entry.shared:
-            sequence.began = began
-            entry.item.job.metrics.began(began, reused=start)
+            _begin(entry, began)
         try:
-            logits = self._decoder.prefill(_slot(entry), sequence.prompt[start : start + count], start)
+            logits = self._decoder.prefill(_slot(entry), entry.prompt[start : start + count], start)
         except Exception as error:  # its prompt's, whatever it is: the others go on
             return self._fail(entry, error, said)
-        self._scheduler.advance(entry, count)
-        entry.item.job.metrics.read(count)
         if count <= CHUNK_SHORT or not self._prompt_token_s:
             self._prompt_token_s = smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
+        self._have_read(entry, count, logits, said)
+
+    def _prefill_together(self, entries: list[Entry[_Generation]], said: Said) -> None:
+        entries = sorted(entries, key=_slot)
+        began = time.monotonic()
+        try:
+            logits = self._decoder.read_together(_slot(entries[0]), [entry.prompt for entry in entries])
+        except Exception:  # one by one shows whose fault it was
+            for entry in entries:
+                self._prefill(entry, 0, entry.left, said)
+            return
+        for entry, row in zip(entries, logits, strict=True):
+            _begin(entry, began)
+            self._have_read(entry, entry.left, row, said)
+
+    def _have_read(self, entry: Entry[_Generation], count: int, logits: NDArray[np.floating[Any]], said: Said) -> None:
+        self._scheduler.advance(entry, count)
+        entry.item.job.metrics.read(count)
         if not entry.left:
             self._next(entry, logits, said)
 
@@ -279,3 +296,8 @@ def _slot(entry: Entry[_Generation]) -> int:
     if entry.slot is None:
         raise RuntimeError("a generation without a slot is to run: this is a bug")
     return entry.slot
+
+
+def _begin(entry: Entry[_Generation], at: float) -> None:
+    entry.item.sequence.began = at
+    entry.item.job.metrics.began(at, reused=entry.shared)

@@ -26,6 +26,10 @@ HOLD_SHARE = 3
 """Replies that may stand still so for each prompt that is being read."""
 
 
+SPREAD = 16
+"""Tokens by which prompts of one run may differ in length: reading so many takes about what a run does by itself."""
+
+
 def lane_of(priority: int) -> int:
     """The lane of a priority, 0 (first) to 9."""
     return max(0, min(priority, LANES - 1))
@@ -57,15 +61,20 @@ class Entry(Generic[T]):
 
 @dataclass(eq=False)
 class Plan(Generic[T]):
-    """One step: who shares a beginning, in this order; then at most one chunk to prefill, and everybody who decodes."""
+    """One step: who shares a beginning, in this order; then one run over prompts, and everybody who decodes.
+
+    The run reads a chunk of one prompt, or the whole prompts of it and of those `beside` it, in neighbouring slots.
+    """
 
     sharing: list[Entry[T]] = field(default_factory=list)
     prefill: tuple[Entry[T], int, int] | None = None
+    beside: list[Entry[T]] = field(default_factory=list)
     decode: list[Entry[T]] = field(default_factory=list)
 
 
 class Scheduler(Generic[T]):
-    """Slots 0 to `slots` - 1, a queue of at most `limit`; `copies` says that a slot can be copied to another.
+    """Slots 0 to `slots` - 1, a queue of at most `limit`; `copies` says that a slot can be copied to another,
+    `together` that prompts can be read in one run.
 
     Both who is given a slot and who is prefilled is decided by rank: arrival, later by `AGEING_S` for each
     step of priority. It never changes, so whoever comes more than that later is behind. `clock` gives
@@ -73,10 +82,17 @@ class Scheduler(Generic[T]):
     """
 
     def __init__(
-        self, slots: int, limit: int, *, copies: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        slots: int,
+        limit: int,
+        *,
+        copies: bool = True,
+        together: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slots = Slots(slots, copies=copies)
         self._limit = limit
+        self._together = together
         self._arrivals = 0
         self._queue: list[Entry[T]] = []  # by rank
         self._clock = clock
@@ -132,7 +148,7 @@ class Scheduler(Generic[T]):
     def plan(self, chunk: int, whole: int | None = None) -> Plan[T]:
         """What to do in the next step, `chunk` tokens of a prompt at most, or `whole` where nobody waits for them.
 
-        The caller runs it, then says `advance` of the chunk that it prefilled, and of each token decoded.
+        The caller runs it, then says `advance` of all that it prefilled, and of each token decoded.
         """
         plan = Plan(sharing=self._admit())
         decoding = [entry for entry in self._running if not entry.left]
@@ -142,6 +158,8 @@ class Scheduler(Generic[T]):
             first = min(filling, key=lambda entry: entry.rank)
             most = chunk if plan.decode or whole is None else whole
             plan.prefill = (first, first.filled, min(most, first.left))
+            if self._together and not first.filled and first.left < most:
+                plan.beside = _beside(first, filling, most)
         return plan
 
     def _hold(self, decoding: list[Entry[T]], filling: int) -> bool:
@@ -180,3 +198,21 @@ class Scheduler(Generic[T]):
             if best.shared:
                 sharing.append(best)
         return sharing
+
+
+def _beside(first: Entry[T], filling: Sequence[Entry[T]], most: int) -> list[Entry[T]]:
+    """Who can be read in one run with `first`: whole prompts of about its length, in the slots next to it.
+
+    All rows of a run are as long as the longest: so long, they are `most` tokens together.
+    """
+    fresh = {entry.slot: entry for entry in filling if not entry.filled}
+    found = [first]
+    for step in (1, -1):
+        slot = (first.slot or 0) + step
+        while (entry := fresh.get(slot)) is not None:
+            lengths = [one.left for one in (*found, entry)]
+            if max(lengths) - min(lengths) > SPREAD or max(lengths) * len(lengths) > most:
+                break
+            found.append(entry)
+            slot += step
+    return found[1:]
