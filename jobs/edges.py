@@ -59,8 +59,10 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
     args = parser.parse_args(arguments)
     try:
         settings = config.load(args.config)
-        if not environment.submitted():  # a cluster may reach what this machine cannot
+        if not environment.submitted():
             checks.before_start(settings)
+        elif settings.files is None:  # a cluster may reach what this machine cannot: this asks where it can
+            checks.sizes(settings)
         env = environment.environment(settings.flink.properties)
         build(env, settings)
     except FlinkLlmError as error:

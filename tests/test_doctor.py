@@ -127,10 +127,12 @@ def test_an_old_java_is_refused_with_what_to_do(tmp_path, monkeypatch):
 def test_transactions_are_looked_at_for_exactly_once_only(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checks, "check_reachable", lambda settings: None)
     monkeypatch.setattr(checks, "topics_there", lambda settings: set(broker.TOPICS))
+    monkeypatch.setattr(checks, "topic_limits", lambda settings, topics: ({}, "no permission"))
     monkeypatch.setattr(checks, "check_transaction_timeout", lambda settings: "no permission")
     doctor.examine(job(), tmp_path)
     said = lines(capsys)
     assert said["✓ Kafka"] == "127.0.0.1:9092" and "✓ transactions" not in said
+    assert said["✓ topics"].endswith("chat.failures (sizes not checked: no permission)")
     doctor.examine(job(flink={"delivery": "exactly_once"}), tmp_path)
     assert lines(capsys)["✓ transactions"] == "not checked: no permission"
 
