@@ -124,6 +124,15 @@ def test_an_old_java_is_refused_with_what_to_do(tmp_path, monkeypatch):
         checks.java()
 
 
+def test_a_missing_maven_is_said_where_jars_are_to_be_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FLINK_LLM_CACHE", str(tmp_path / "cache"))
+    for fetch in (lambda: jars.program("mvn"), lambda: jars.jars("broker")):
+        with pytest.raises(LocalError, match=r"^mvn is not installed: run `apt-get install -y maven` \(as root\)"):
+            fetch()
+    assert list(tmp_path.rglob(".complete")) == []
+
+
 def test_transactions_are_looked_at_for_exactly_once_only(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checks, "check_reachable", lambda settings: None)
     monkeypatch.setattr(checks, "topics_there", lambda settings: set(broker.TOPICS))
