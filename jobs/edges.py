@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyflink.common import Encoder, Types, WatermarkStrategy
 from pyflink.datastream import DataStream, StreamExecutionEnvironment
 from pyflink.datastream.connectors.file_system import FileSink, FileSource, OutputFileConfig, StreamFormat
+from pyflink.util.exceptions import JavaException
 
 from flink_llm import config, environment, kafka
 from flink_llm.config import JobConfig
@@ -67,6 +69,10 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
         build(env, settings)
     except FlinkLlmError as error:
         print(f"flink-llm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (Py4JJavaError, JavaException) as error:  # a property that Flink reads at once, and refuses
+        log.info("the job %s", settings.name, exc_info=True)
+        print(f"flink-llm: Flink refuses the job: {last_words(str(error))}", file=sys.stderr)
         sys.exit(1)
     if not environment.submitted():
         say = f"flink-llm: {settings.name} starts on a mini-cluster; Ctrl-C ends it; Flink's log: {log_folder()}"
