@@ -4,6 +4,7 @@ import importlib.metadata
 
 import pytest
 import yaml
+from kafka.errors import KafkaError
 
 from flink_llm.config import parse
 from flink_llm.engine.settings import HostSettings
@@ -131,6 +132,39 @@ def test_a_missing_maven_is_said_where_jars_are_to_be_fetched(tmp_path, monkeypa
         with pytest.raises(LocalError, match=r"^mvn is not installed: run `apt-get install -y maven` \(as root\)"):
             fetch()
     assert list(tmp_path.rglob(".complete")) == []
+
+
+def test_maven_that_fails_is_told_with_where_a_mirror_goes(tmp_path, monkeypatch):
+    program(tmp_path, "mvn", "echo '[ERROR] Unknown host repo'; exit 1")
+    program(tmp_path, "java", "")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("FLINK_LLM_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        LocalError, match=r"fetch the connector jars: Unknown host repo; is there a network\? .*settings.xml"
+    ):
+        jars.jars("connector")
+
+
+def test_a_broker_that_does_not_come_up_says_what_to_do(tmp_path, monkeypatch):
+    program(tmp_path, "java", "echo 'log dir is damaged' >&2; exit 1")
+    monkeypatch.setattr(jars, "jars", lambda group: [])
+    monkeypatch.setattr(jars, "java", lambda: (str(tmp_path / "java"), 17))
+    with pytest.raises(LocalError) as refused:
+        broker.Broker(tmp_path).up()
+    assert str(refused.value).startswith(
+        f"the broker's folder {tmp_path / 'kafka'} cannot be set up: log dir is damaged; `flink-llm local down --wipe`"
+    )
+
+
+def test_a_broker_that_refuses_says_what_to_do(monkeypatch):
+    def refuses(**options):
+        raise KafkaError("no")
+
+    monkeypatch.setattr("kafka.KafkaAdminClient", refuses)
+    with pytest.raises(
+        LocalError, match=r"^the broker at h:1 refuses: no; kafka/broker.log .*`flink-llm local down`, then"
+    ):
+        broker.create_topics("h:1", ["a"])
 
 
 def test_transactions_are_looked_at_for_exactly_once_only(job, tmp_path, capsys, monkeypatch):
