@@ -11,10 +11,12 @@ import click
 from flink_llm import __version__
 from flink_llm.errors import ConfigError, FlinkLlmError
 from flink_llm.local.broker import TOPICS, Broker, state_folder
+from flink_llm.secrets import masked
 
 STATE = click.option(
     "--state", type=click.Path(path_type=Path), help="State folder; $FLINK_LLM_HOME, else .flink-llm here."
 )
+_JAVA_TRACE = "\n\tat "
 log = logging.getLogger(__name__)
 
 
@@ -35,15 +37,20 @@ class _Group(click.Group):
 
 
 def _line(error: Exception) -> str:
+    """Our own words as they are; in those of others secrets are masked, and Java's trace is left out."""
+    said = str(error)
     if isinstance(error, FlinkLlmError):
-        text = str(error)
-    elif isinstance(error, OSError):
-        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return " ".join(said.split())
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else said
     elif isinstance(error, sqlite3.Error):
-        text = f"sqlite: {error}"
+        text = f"sqlite: {said}"
     else:
-        text = f"unexpected {type(error).__name__}: {error}; run again with -v for the trace"
-    return " ".join(text.split())
+        from flink_llm.local.cluster import last_words
+
+        said = last_words(said) if _JAVA_TRACE in said else said
+        text = f"unexpected {type(error).__name__}: {said}; run again with -v for the trace"
+    return masked(" ".join(text.split()))
 
 
 @click.group(cls=_Group)

@@ -67,8 +67,8 @@ def _uri(folder: str) -> str:
 def check(env: StreamExecutionEnvironment, capacity: int) -> None:
     """Raises ConfigError when the job-wide bundle settings would make the operator wait."""
     configuration = env._j_stream_execution_environment.getConfiguration()
-    size = int(configuration.getString(BUNDLE_SIZE, "1000"))
-    time_ms = int(str(configuration.getString(BUNDLE_TIME, "1000")).removesuffix("ms"))
+    size = _number(BUNDLE_SIZE, configuration.getString(BUNDLE_SIZE, "1000"))
+    time_ms = _number(BUNDLE_TIME, str(configuration.getString(BUNDLE_TIME, "1000")).removesuffix("ms"))
     limit = max(1, capacity // 8)
     if size > limit:
         raise ConfigError(
@@ -91,7 +91,7 @@ def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvi
 
     On the mini-cluster Python runs in processes of its own, as it does on a cluster, the connector jar is
     fetched if need be, and what the job fails of is told on stderr. Raises LocalError: no Java that Flink
-    runs on, no connector jar.
+    runs on, no connector jar; ConfigError: `rest.port` is no number.
     """
     local = not submitted()
     if local:
@@ -103,10 +103,17 @@ def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvi
         configuration.set_string("pipeline.jars", jars.connector_jar().as_uri())
         configuration.set_string("taskmanager.memory.managed.size", "512m")
         properties = {"rest.port": str(processes.free_port()), **(properties or {})}
-        failures.watch(int(properties["rest.port"]))
+        failures.watch(_number("rest.port", properties["rest.port"]))
     for name, value in (properties or {}).items():
         configuration.set_string(name, value)
     return StreamExecutionEnvironment.get_execution_environment(configuration)
+
+
+def _number(key: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"flink.properties: {key} is {value!r}, which is no whole number") from None
 
 
 def submitted() -> bool:

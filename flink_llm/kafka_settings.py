@@ -6,7 +6,7 @@ import re
 import socket
 import ssl
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -21,6 +21,7 @@ PROBE_MS = 10_000
 PATHS = ("ssl.truststore.location", "ssl.keystore.location")
 """Properties that are paths on this machine, relative to the configuration file."""
 
+TOPIC_SIZE = "max.message.bytes"
 _MAXIMUM = "transaction.max.timeout.ms"
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
@@ -153,40 +154,53 @@ def reason(error: Exception) -> str:
 
 
 def check_transaction_timeout(settings: KafkaSettings) -> str | None:
-    """Raises ConfigError when the broker would refuse the transactions; else None, or why that is not known.
+    """Raises ConfigError when the broker would refuse the transactions; else None, or why that is not known."""
+    limits, unread = _limits(settings, _MAXIMUM)
+    for limit in limits.values():
+        if settings.transaction_timeout_ms > limit:
+            raise ConfigError(
+                f"kafka.transaction_timeout_ms is {settings.transaction_timeout_ms}, the broker's "
+                f"{_MAXIMUM} is {limit}: lower the first or raise the second"
+            )
+    return unread
 
-    Where its configuration cannot be read from here (another network, a keystore, no permission) that is
-    a warning: the job may well be able to run.
+
+def topic_limits(settings: KafkaSettings, topics: Sequence[str]) -> tuple[dict[str, int], str | None]:
+    """Topic → bytes of the largest batch that it takes; and why, where that is not known of all of them."""
+    return _limits(settings, TOPIC_SIZE, topics)
+
+
+def _limits(settings: KafkaSettings, name: str, topics: Sequence[str] = ()) -> tuple[dict[str, int], str | None]:
+    """A setting of each topic, or of a broker without any; and why, where it is not known.
+
+    Where it cannot be read from here (another network, a keystore, no permission) that is a warning: the
+    job may well be able to run.
     """
+    found: dict[str, int] = {}
     why = beyond_this_client(settings)
-    limit = None
     if why is None:
         try:
-            limit = _transaction_limit(settings)
+            found = _read_limits(settings, name, topics)
         except Exception as error:  # a client of its own, with less of the security settings than Flink's
             why = f"{type(error).__name__}: {reason(error)}"
         else:
-            why = None if limit is not None else "the broker does not show it"
-    if why is not None:
-        log.warning("the broker's %s could not be read from here: %s", _MAXIMUM, why)
-        return f"the broker's {_MAXIMUM} could not be read: {why}"
-    if limit is not None and settings.transaction_timeout_ms > limit:
-        raise ConfigError(
-            f"kafka.transaction_timeout_ms is {settings.transaction_timeout_ms}, the broker's "
-            f"{_MAXIMUM} is {limit}: lower the first or raise the second"
-        )
-    return None
+            why = None if len(found) == max(1, len(topics)) else "the broker does not show it"
+    if why is None:
+        return found, None
+    log.warning("the broker's %s could not be read from here: %s", name, why)
+    return found, f"the broker's {name} could not be read: {why}"
 
 
-def _transaction_limit(settings: KafkaSettings) -> int | None:
+def _read_limits(settings: KafkaSettings, name: str, topics: Sequence[str]) -> dict[str, int]:
     from kafka import KafkaAdminClient  # slow to import
     from kafka.admin import ConfigResource, ConfigResourceType
 
     admin = KafkaAdminClient(**client_options(settings), request_timeout_ms=PROBE_MS, bootstrap_timeout_ms=PROBE_MS)
     try:
-        broker = str(admin.describe_cluster()["brokers"][0]["broker_id"])
-        wanted = [ConfigResource(ConfigResourceType.BROKER, broker)]
-        found = admin.describe_configs(wanted, config_filter="all")["broker"][broker]
+        broker = [] if topics else [str(admin.describe_cluster()["brokers"][0]["broker_id"])]
+        kind = ConfigResourceType.TOPIC if topics else ConfigResourceType.BROKER
+        wanted = [ConfigResource(kind, each) for each in (*topics, *broker)]
+        described = admin.describe_configs(wanted, config_filter="all")[kind.name.lower()]
     finally:
         admin.close()
-    return int(found[_MAXIMUM]["value"]) if _MAXIMUM in found else None
+    return {each: int(configs[name]["value"]) for each, configs in described.items() if name in configs}

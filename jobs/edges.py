@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyflink.common import Encoder, Types, WatermarkStrategy
 from pyflink.datastream import DataStream, StreamExecutionEnvironment
 from pyflink.datastream.connectors.file_system import FileSink, FileSource, OutputFileConfig, StreamFormat
+from pyflink.util.exceptions import JavaException
 
 from flink_llm import config, environment, kafka
 from flink_llm.config import JobConfig
@@ -59,12 +61,18 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
     args = parser.parse_args(arguments)
     try:
         settings = config.load(args.config)
-        if not environment.submitted():  # a cluster may reach what this machine cannot
+        if not environment.submitted():
             checks.before_start(settings)
+        elif settings.files is None:  # a cluster may reach what this machine cannot: this asks where it can
+            checks.sizes(settings)
         env = environment.environment(settings.flink.properties)
         build(env, settings)
     except FlinkLlmError as error:
         print(f"flink-llm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (Py4JJavaError, JavaException) as error:  # a property that Flink reads at once, and refuses
+        log.info("the job %s", settings.name, exc_info=True)
+        print(f"flink-llm: Flink refuses the job: {last_words(str(error))}", file=sys.stderr)
         sys.exit(1)
     if not environment.submitted():
         say = f"flink-llm: {settings.name} starts on a mini-cluster; Ctrl-C ends it; Flink's log: {log_folder()}"

@@ -58,6 +58,17 @@ def test_features_that_cannot_be_written_are_one_line(command):
         (OSError(28, "No space left on device", "/full/x"), "/full/x: No space left on device"),
         (sqlite3.OperationalError("database is locked"), "sqlite: database is locked"),
         (KeyError("x"), "unexpected KeyError: 'x'; run again with -v for the trace"),
+        (
+            RuntimeError(
+                "o1.execute.\n: java.lang.A: a\n\tat b.C(D.java:1)\nCaused by: java.lang.E: e\n\tat b.C(D.java:1)\n"
+            ),
+            "unexpected RuntimeError: java.lang.E: e; run again with -v for the trace",
+        ),
+        (
+            ValueError("redis://me:hush@h:1\nsecret=hush"),
+            "unexpected ValueError: redis://********@h:1 secret=********; run again with -v for the trace",
+        ),
+        (ConnectionError("token: hush"), "token: ********"),
     ],
 )
 def test_a_foreign_error_is_one_line(error, text, monkeypatch):

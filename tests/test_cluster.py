@@ -25,6 +25,16 @@ ValueError: no
         (JAVA.format(PYTHON), "ValueError: no"),
         ("one\ntwo\n\tat a.B.c(D.java:1)\n", "two"),
         ("", "no reason given"),
+        (
+            JAVA.format("java.lang.NumberFormatException: no").replace(
+                "outer", "Could not parse value 'x' for key 'a.b'."
+            ),
+            "Could not parse value 'x' for key 'a.b': java.lang.NumberFormatException: no",
+        ),
+        (
+            JAVA.format('SaslException: username="me" password="hush"'),
+            'SaslException: username="me" password=********',
+        ),
     ],
 )
 def test_the_innermost_cause_is_what_is_told(text, words):

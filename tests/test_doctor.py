@@ -4,6 +4,7 @@ import importlib.metadata
 
 import pytest
 import yaml
+from kafka.errors import KafkaError
 
 from flink_llm.config import parse
 from flink_llm.engine.settings import HostSettings
@@ -42,12 +43,12 @@ def test_a_broker_out_of_reach_hides_nothing_behind_it(job, tmp_path, capsys):
 
 def test_a_foreign_error_is_a_line_like_others(job, tmp_path, capsys, monkeypatch):
     def fails(config):
-        raise ZeroDivisionError("so\nit is")
+        raise ZeroDivisionError("so\nit is, password=hush")
 
     monkeypatch.setattr(checks, "kafka", fails)
     assert not doctor.examine(job(), tmp_path)
     said = lines(capsys)
-    assert said["✗ Kafka"] == "ZeroDivisionError: so it is"
+    assert said["✗ Kafka"] == "ZeroDivisionError: so it is, password=********"
     assert "✗ model support-chat" in said
 
 
@@ -124,13 +125,57 @@ def test_an_old_java_is_refused_with_what_to_do(tmp_path, monkeypatch):
         checks.java()
 
 
+def test_a_missing_maven_is_said_where_jars_are_to_be_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FLINK_LLM_CACHE", str(tmp_path / "cache"))
+    for fetch in (lambda: jars.program("mvn"), lambda: jars.jars("broker")):
+        with pytest.raises(LocalError, match=r"^mvn is not installed: run `apt-get install -y maven` \(as root\)"):
+            fetch()
+    assert list(tmp_path.rglob(".complete")) == []
+
+
+def test_maven_that_fails_is_told_with_where_a_mirror_goes(tmp_path, monkeypatch):
+    program(tmp_path, "mvn", "echo '[ERROR] Unknown host repo'; exit 1")
+    program(tmp_path, "java", "")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("FLINK_LLM_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        LocalError, match=r"fetch the connector jars: Unknown host repo; is there a network\? .*settings.xml"
+    ):
+        jars.jars("connector")
+
+
+def test_a_broker_that_does_not_come_up_says_what_to_do(tmp_path, monkeypatch):
+    program(tmp_path, "java", "echo 'log dir is damaged' >&2; exit 1")
+    monkeypatch.setattr(jars, "jars", lambda group: [])
+    monkeypatch.setattr(jars, "java", lambda: (str(tmp_path / "java"), 17))
+    with pytest.raises(LocalError) as refused:
+        broker.Broker(tmp_path).up()
+    assert str(refused.value).startswith(
+        f"the broker's folder {tmp_path / 'kafka'} cannot be set up: log dir is damaged; `flink-llm local down --wipe`"
+    )
+
+
+def test_a_broker_that_refuses_says_what_to_do(monkeypatch):
+    def refuses(**options):
+        raise KafkaError("no")
+
+    monkeypatch.setattr("kafka.KafkaAdminClient", refuses)
+    with pytest.raises(
+        LocalError, match=r"^the broker at h:1 refuses: no; kafka/broker.log .*`flink-llm local down`, then"
+    ):
+        broker.create_topics("h:1", ["a"])
+
+
 def test_transactions_are_looked_at_for_exactly_once_only(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checks, "check_reachable", lambda settings: None)
     monkeypatch.setattr(checks, "topics_there", lambda settings: set(broker.TOPICS))
+    monkeypatch.setattr(checks, "topic_limits", lambda settings, topics: ({}, "no permission"))
     monkeypatch.setattr(checks, "check_transaction_timeout", lambda settings: "no permission")
     doctor.examine(job(), tmp_path)
     said = lines(capsys)
     assert said["✓ Kafka"] == "127.0.0.1:9092" and "✓ transactions" not in said
+    assert said["✓ topics"].endswith("chat.failures (sizes not checked: no permission)")
     doctor.examine(job(flink={"delivery": "exactly_once"}), tmp_path)
     assert lines(capsys)["✓ transactions"] == "not checked: no permission"
 

@@ -24,3 +24,11 @@ def test_a_missing_java_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LocalError, match=r"^java is not installed: run `apt-get install"):
         environment.environment()
+
+
+@pytest.mark.parametrize(
+    ("capacity", "rate", "size"),
+    [(256, None, 32), (256, 1000.0, 14), (256, 1e6, 32), (256, 1.0, 1), (7, None, 1), (1, 1e6, 1)],
+)
+def test_a_bundle_is_an_eighth_of_the_places_and_14_ms_of_completions_at_most(capacity, rate, size):
+    assert environment.bundle_size(capacity, rate) == size

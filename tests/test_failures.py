@@ -52,3 +52,9 @@ def test_flink_that_does_not_answer_is_no_failure():
 
     assert list(Failures().new(down, 0.0)) == []
     assert list(Failures().new(lambda path: {"errors": ["starting"]}, 0.0)) == []
+
+
+def test_what_is_told_of_a_failure_shows_no_password():
+    flink = Flink()
+    flink.fails(10, "cannot log in with password=hush")
+    assert list(Failures().new(flink, 0.0)) == [line("cannot log in with password=********")]

@@ -10,7 +10,7 @@ and `flink_llm.shard`.
 import gc
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import Struct
 from pyflink.common import Row, Types
@@ -260,9 +260,11 @@ def _replace(settings: OperatorSettings, **changes: Any) -> OperatorSettings:
 
 
 def _check_environment(env: Any, settings: OperatorSettings) -> None:
-    mode: Literal["BATCH"] | str = env._j_stream_execution_environment.getConfiguration().getString(
-        "execution.runtime-mode", "STREAMING"
-    )
-    if mode.upper() == RuntimeExecutionMode.BATCH.name:
-        raise ConfigError("execution.runtime-mode is BATCH, which sorts by key and runs no timers: use STREAMING")
+    configuration = env._j_stream_execution_environment.getConfiguration()
+    mode: str = configuration.getString("execution.runtime-mode", "STREAMING")
+    if mode.upper() != RuntimeExecutionMode.STREAMING.name:
+        raise ConfigError(
+            f"execution.runtime-mode is {mode}: BATCH, which AUTOMATIC takes for bounded input, sorts by key and "
+            f"runs no timers: use STREAMING"
+        )
     environment.check(env, settings.capacity)

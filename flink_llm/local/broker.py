@@ -151,7 +151,10 @@ class Broker:
         if ran.returncode:
             reason = (ran.stderr or ran.stdout).strip().splitlines()
             last = reason[-1] if reason else "no reason given"
-            raise LocalError(f"the broker's folder cannot be set up: {last}")
+            raise LocalError(
+                f"the broker's folder {self._folder} cannot be set up: {last}; "
+                f"`flink-llm local down --wipe` deletes it and all its topics, `flink-llm local up` makes it anew"
+            )
 
 
 def create_topics(bootstrap_servers: str, topics: Iterable[str]) -> None:
@@ -183,7 +186,10 @@ def create_topics(bootstrap_servers: str, topics: Iterable[str]) -> None:
         finally:
             admin.close()
     except KafkaError as error:
-        raise LocalError(f"the broker at {bootstrap_servers} refuses: {reason(error)}") from error
+        raise LocalError(
+            f"the broker at {bootstrap_servers} refuses: {reason(error)}; kafka/broker.log in its state folder tells "
+            f"more, and `flink-llm local down`, then `flink-llm local up` starts it anew"
+        ) from error
 
 
 def _partitions(topics: Iterable[str]) -> dict[str, int | None]:

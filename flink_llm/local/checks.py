@@ -12,10 +12,17 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-from flink_llm.config import JobConfig
+from flink_llm.config import REQUEST_ROOM, JobConfig
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.errors import ConfigError, LocalError
-from flink_llm.kafka_settings import beyond_this_client, check_reachable, check_transaction_timeout, topics_there
+from flink_llm.kafka_settings import (
+    TOPIC_SIZE,
+    beyond_this_client,
+    check_reachable,
+    check_transaction_timeout,
+    topic_limits,
+    topics_there,
+)
 from flink_llm.local import jars
 from flink_llm.names import nearest, unknown
 
@@ -161,7 +168,7 @@ def transactions(config: JobConfig) -> str:
 
 
 def topics(config: JobConfig) -> str:
-    """The job's topics, which must exist."""
+    """The job's topics, which must exist and take what is written to them."""
     why = beyond_this_client(config.kafka)
     if why is not None:
         return f"not checked: {why}"
@@ -177,7 +184,27 @@ def topics(config: JobConfig) -> str:
             f"topics: {', '.join(missing)} not there: make {'it' if len(missing) == 1 else 'them'}, "
             f"locally by `flink-llm local up {options}`{hint}"
         )
-    return ", ".join(wanted)
+    unread = sizes(config)
+    return ", ".join(wanted) + (f" (sizes not checked: {unread})" if unread else "")
+
+
+def sizes(config: JobConfig) -> str | None:
+    """What the operator lets through must also be what the topics take: a refusal restarts the job for ever.
+
+    None, or why that is not known. Failures are small enough for any topic unless they keep the payload.
+    """
+    keys = {name: key for key, name in config.topics.written().items() if key != "failures"}
+    if config.operator.keep_payload:
+        keys.setdefault(config.topics.failures, "failures")
+    limits, unread = topic_limits(config.kafka, list(keys))
+    largest = config.operator.max_result_bytes
+    for name, limit in limits.items():
+        if largest > limit - REQUEST_ROOM:
+            raise ConfigError(
+                f"operator.max_result_bytes is {largest}, {TOPIC_SIZE} of topic {name} (topics.{keys[name]}) is "
+                f"{limit}: raise the latter to {largest + REQUEST_ROOM} at least, or lower the former"
+            )
+    return unread
 
 
 def served(config: JobConfig) -> dict[str, str]:

@@ -25,6 +25,7 @@ import yaml
 
 from flink_llm.errors import LocalError
 from flink_llm.local import jars, processes
+from flink_llm.secrets import masked
 
 START_S = 90.0
 RUNNING_S = 120.0
@@ -33,6 +34,7 @@ STOP_S = 30.0
 POLL_S = 0.2
 REST_TIMEOUT_S = 10.0
 WORKER = "pyflink.fn_execution.beam.beam_boot"
+_UNREAD = re.compile(r"Could not parse value '.*?' for key '[^']+'")
 _JOB_ID = re.compile(r"JobID ([0-9a-f]{32})")
 # What a mini-cluster leaves in the environment of its process, and a submission must not inherit.
 _OF_A_MINI_CLUSTER = ("_python_worker_execution_mode", "FLINK_LLM_LOCAL", "PYFLINK_GATEWAY_PORT")
@@ -297,14 +299,22 @@ def flink_script() -> str | None:
 
 
 def last_words(text: str) -> str:
-    """The innermost cause of a Java stack trace, a Python error inside it before all, else the last line."""
+    """The innermost cause of a Java stack trace, a Python error inside it before all, else the last line.
+
+    Where Flink could not read a setting, its key stands before that. Secrets are masked.
+    """
     lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("at ", "... "))]
     first = max((number for number, line in enumerate(lines) if line.startswith("Caused by: ")), default=None)
     if first is None:
-        return (lines or ["no reason given"])[-1][:400]
-    python = "Traceback (most recent call last)" in lines[first]
-    return (lines[-1] if python else lines[first]).removeprefix("Caused by: ")[:400]
+        words = (lines or ["no reason given"])[-1]
+    else:
+        python = "Traceback (most recent call last)" in lines[first]
+        words = (lines[-1] if python else lines[first]).removeprefix("Caused by: ")
+    unread = _UNREAD.search(text)
+    if unread is not None and unread[0] not in words:
+        words = f"{unread[0]}: {words}"
+    return masked(words)[:400]
 
 
 def _command_line(process: psutil.Process) -> list[str]:

@@ -14,6 +14,7 @@ from flink_llm.errors import ConfigError, FlinkLlmError
 from flink_llm.local import checks, jars
 from flink_llm.local.broker import Broker
 from flink_llm.local.demo import shipped
+from flink_llm.secrets import masked
 
 log = logging.getLogger(__name__)
 STANDS_ON = {"topics": "Kafka", "transactions": "Kafka"}
@@ -44,8 +45,8 @@ def examine(config: Path | None, state: Path) -> bool:
         except Exception as error:  # a check may fail in a foreign way, and the others are made all the same
             log.info("%s", name, exc_info=True)
             failed.add(name)
-            foreign = "" if isinstance(error, FlinkLlmError) else f"{type(error).__name__}: "
-            say("[red]✗[/]", name, f"{foreign}{error}")
+            own = isinstance(error, FlinkLlmError)
+            say("[red]✗[/]", name, str(error) if own else masked(f"{type(error).__name__}: {error}"))
     return not failed
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 from filelock import FileLock
 
 from flink_llm.errors import LocalError
+from flink_llm.secrets import masked
 
 POM = Path(__file__).with_name("pom.xml")
 INSTALL = {
@@ -94,4 +95,7 @@ def _resolve(group: Group, folder: Path) -> None:
     if ran.returncode:
         lines = [line for line in (ran.stdout + ran.stderr).splitlines() if "ERROR" in line]
         reason = (lines or ["no reason given"])[0].removeprefix("[ERROR] ")[:300]
-        raise LocalError(f"Maven could not fetch the {group} jars: {reason}")
+        raise LocalError(
+            f"Maven could not fetch the {group} jars: {masked(reason)}; is there a network? "
+            f"A mirror or proxy goes into ~/.m2/settings.xml"
+        )

@@ -5,15 +5,19 @@ import sys
 import time
 
 import pytest
+import yaml
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.admin import NewTopic
 from pyflink.common import Row
 from pyflink.datastream.functions import ProcessFunction
 
 from flink_llm import environment, kafka
+from flink_llm.config import parse
 from flink_llm.errors import ConfigError, LocalError
 from flink_llm.flink_settings import FlinkSettings
-from flink_llm.kafka_settings import KafkaSettings
+from flink_llm.jobs import edges
+from flink_llm.kafka_settings import KafkaSettings, topic_limits
+from flink_llm.local import checks
 from flink_llm.local.broker import create_topics
 
 NOW = int(time.time() * 1000)
@@ -142,7 +146,8 @@ def test_a_transaction_longer_than_the_brokers_maximum_is_refused(broker):
 WITHOUT_A_CONNECTOR = """
 from pyflink.datastream import StreamExecutionEnvironment
 from flink_llm import environment, kafka
-from flink_llm.kafka_settings import KafkaSettings
+from flink_llm.kafka_settings import KafkaSettings, topic_limits
+from flink_llm.local import checks
 from flink_llm.local.broker import create_topics
 
 tables = environment.tables(StreamExecutionEnvironment.get_execution_environment())
@@ -162,3 +167,67 @@ def test_a_topic_with_other_partitions_is_not_taken_for_the_one_asked_for(broker
     create_topics(broker.bootstrap_servers, [f"{name}:2"])
     with pytest.raises(LocalError, match=f"topic {name} is there already, with 2 partitions, not 9: "):
         create_topics(broker.bootstrap_servers, [f"{name}:9"])
+
+
+def test_a_topic_that_takes_less_than_the_operator_lets_through_is_refused(broker, topics, tmp_path):
+    names = topics("requests", "responses", "tokens")
+    small = f"small.{names[0]}"
+    admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
+    admin.create_topics([NewTopic(small, 1, 1, topic_configs={"max.message.bytes": "100000"})])
+    admin.close()
+
+    def config(operator=None, **changed):
+        written = {"requests": names[:1], "responses": names[1], "tokens": names[2], "failures": small}
+        servers = {"bootstrap_servers": broker.bootstrap_servers}
+        raw = {"job": "other", "name": "n", "topics": {**written, **changed}, "kafka": servers}
+        return parse({**raw, "operator": operator or {}}, tmp_path)
+
+    assert checks.topics(config()) == ", ".join([*names, small]), "failures are small"
+    wanted = (
+        f"operator.max_result_bytes is 1000000, max.message.bytes of topic {small} (topics.{{}}) is 100000: "
+        f"raise the latter to 1016384 at least, or lower the former"
+    )
+    for key, changed in [
+        ("responses", config(responses=small, failures=names[1])),
+        ("reply_to[0]", config(reply_to=[small], failures=names[1])),
+        ("failures", config({"keep_payload": True})),
+    ]:
+        with pytest.raises(ConfigError) as refused:
+            checks.topics(changed)
+        assert str(refused.value) == wanted.format(key)
+    assert checks.topics(config({"keep_payload": True, "max_result_bytes": 83_616}))
+    with pytest.raises(ConfigError):
+        checks.topics(config({"keep_payload": True, "max_result_bytes": 83_617}))
+
+
+def test_a_topic_that_the_broker_does_not_show_is_not_refused(broker):
+    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers)
+    why = "the broker's max.message.bytes could not be read: the broker does not show it"
+    assert topic_limits(settings, ["nowhere.at.all"]) == ({}, why)
+
+
+def test_a_job_that_is_submitted_asks_the_topics_too(broker, topics, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYFLINK_GATEWAY_PORT", "1")
+    monkeypatch.delenv("FLINK_LLM_LOCAL", raising=False)
+    [name] = topics("requests")
+    written = dict.fromkeys(("responses", "tokens", "failures"), f"{name}.out")
+    create_topics(broker.bootstrap_servers, [f"{name}.out"])
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "job": "other",
+                "name": "n",
+                "topics": {"requests": [name], **written},
+                "kafka": {
+                    "bootstrap_servers": broker.bootstrap_servers,
+                    "properties": {"max.request.size": "3000000"},
+                },
+                "operator": {"max_result_bytes": 2_000_000},
+            }
+        )
+    )
+    with pytest.raises(SystemExit) as ended:
+        edges.run(lambda env, settings: pytest.fail("it was built"), ["--config", str(config)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, "max.message.bytes" in line) == (1, True)

@@ -7,8 +7,11 @@ from kafka import KafkaConsumer, KafkaProducer
 from pyflink.java_gateway import get_gateway
 
 from flink_llm import environment, kafka
+from flink_llm.config import load
 from flink_llm.flink_settings import FlinkSettings
+from flink_llm.jobs import llm_inference
 from flink_llm.kafka_settings import KafkaSettings
+from tests.test_readme import ROOT
 
 PATIENCE_S = 60
 
@@ -90,3 +93,29 @@ def test_a_savepoint_restores_after_a_sink_was_added(copier):
     found = copier.wait(copier.sink, 3), copier.wait(copier.extra, 1)
     job.cancel().result()
     assert found == ([b"1", b"2", b"3"], [b"3"])
+
+
+TO_STREAM = "{}_stream-exec-sink_external-datastream"
+FROM_STREAM = "{}_stream-exec-table-source-scan_external-datastream"
+CALC, SINK = "{}_stream-exec-calc_calc", "{}_stream-exec-sink_sink"
+CHECKED = "{}_stream-exec-sink_constraint-validator"
+MARKS = "{}_stream-exec-watermark-assigner_watermark-assigner"
+EMITTED = ["{}", "{}-time", FROM_STREAM, CALC, MARKS, TO_STREAM]
+WRITTEN = ["{}_time", FROM_STREAM, CALC, SINK, f"Sink Committer: {SINK}"]
+OPERATORS = {
+    "requests": ["{}_stream-exec-table-source-scan_kafka", CALC, CHECKED, TO_STREAM],
+    "generate-key": [FROM_STREAM, CALC, CHECKED, TO_STREAM],
+    "generate": ["{}"],
+    **{f"generate-{name}": EMITTED for name in ("results", "partials", "failures")},
+    **{name: WRITTEN for name in ("responses", "tokens", "failures")},
+}
+
+
+def test_the_main_jobs_operators_keep_their_names():
+    """A savepoint finds its state by these: a name that changes here loses it."""
+    env = environment.environment()
+    settings = load(ROOT / "jobs" / "llm_inference.yaml", {"KAFKA": "127.0.0.1:1", "FLINK_LLM_STATE": "state"})
+    llm_inference.build(env, settings)
+    nodes = env._generate_stream_graph(clear_transformations=True).getStreamNodes().toArray()
+    wanted = [name.format(uid) for uid, names in OPERATORS.items() for name in names]
+    assert sorted(node.getTransformationUID() for node in nodes) == sorted(wanted)

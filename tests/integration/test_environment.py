@@ -1,0 +1,89 @@
+"""Environments that somebody else has made, and what an operator asks of them, on a real Java."""
+
+import pytest
+import yaml
+from pyflink.common import Row
+
+from flink_llm import environment, kafka
+from flink_llm.errors import ConfigError
+from flink_llm.flink_settings import FlinkSettings
+from flink_llm.handler import AsyncUdf
+from flink_llm.jobs import edges
+from flink_llm.udfs.async_operator import apply
+
+SIZE, TIME = environment.BUNDLE_SIZE, environment.BUNDLE_TIME
+
+
+def made(properties=None, *, timeout=None):
+    env = environment.environment()
+    environment.configure(env, FlinkSettings(properties=properties or {}))
+    if timeout is not None:
+        env.set_buffer_timeout(timeout)
+    return env
+
+
+def test_what_is_configured_here_is_good():
+    environment.check(made(), 256)
+    environment.check(made({SIZE: "1", TIME: "100ms"}, timeout=100), 1)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (environment.environment, rf"^{SIZE} is 1000, more than an eighth of capacity=256: .*or set it to 32 at most$"),
+        (lambda: made({SIZE: "33"}), rf"^{SIZE} is 33, more than an eighth of capacity=256: "),
+        (lambda: made({TIME: "101"}), rf"^{TIME} is 101 ms, .*or set it to 1$"),
+        (lambda: made({SIZE: "x"}), rf"^flink.properties: {SIZE} is 'x', which is no whole number$"),
+        (lambda: made({TIME: "1 s"}), rf"^flink.properties: {TIME} is '1 s', which is no whole number$"),
+        (lambda: made(timeout=101), r"^the buffer timeout is 101 ms, .*or set_buffer_timeout\(0\)$"),
+        (lambda: made(timeout=-1), r"^the buffer timeout is -1 ms, "),
+    ],
+    ids=["untouched", "size", "time", "no size", "no time", "timeout", "only full buffers"],
+)
+def test_what_would_make_an_operator_wait_is_refused(env, words):
+    with pytest.raises(ConfigError, match=words):
+        environment.check(env(), 256)
+
+
+class Echo(AsyncUdf):
+    async def call(self, request, ctx):
+        return request
+
+
+@pytest.mark.parametrize("mode", ["BATCH", "batch", "AUTOMATIC"])
+def test_batch_mode_is_refused(mode):
+    env = made({"execution.runtime-mode": mode})
+    rows = env.from_collection([Row(b"k", b"{}", {}, None)], kafka.OUTBOUND)
+    with pytest.raises(ConfigError, match=rf"(?i)^execution.runtime-mode is {mode}: .*: use STREAMING$"):
+        apply(rows, Echo(), key="key", uid="echo")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rest.port", "abc", "flink.properties: rest.port is 'abc', which is no whole number"),
+        (
+            "execution.checkpointing.interval",
+            "often",
+            "Flink refuses the job: Could not parse value 'often' for key 'execution.checkpointing.interval': "
+            "java.lang.NumberFormatException: text does not start with a number, ",
+        ),
+        (
+            "taskmanager.memory.managed.size",
+            "many",
+            "the job failed: Could not parse value 'many' for key 'taskmanager.memory.managed.size': "
+            "java.lang.NumberFormatException: text does not start with a number",
+        ),
+    ],
+)
+def test_a_property_that_flink_refuses_is_one_line(key, value, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("PYFLINK_GATEWAY_PORT", raising=False)
+    (tmp_path / "in").touch()
+    raw = {"job": "other", "name": "n", "files": {"requests": "in", "outcomes": "out"}}
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump({**raw, "flink": {"properties": {key: value}}}))
+    with pytest.raises(SystemExit) as ended:
+        edges.run(lambda env, settings: env.from_collection(["a"]).print(), ["--config", str(config)])
+    assert ended.value.code == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if " starts on a mini-cluster" not in line]
+    assert [line[: len(words) + 11] for line in said] == [f"flink-llm: {words}"]
