@@ -92,7 +92,7 @@ def up(port: int | None, topics: tuple[str, ...], state: Path | None) -> None:
 @STATE
 def down(wipe: bool, state: Path | None) -> None:
     """Stop the broker."""
-    from flink_llm.local.demo import forget
+    from flink_llm.local.demo_job import forget
 
     folder = state or state_folder()
     broker = Broker(folder)
@@ -138,7 +138,7 @@ def try_(question: str, user: str, state: Path | None) -> None:
 
     For example: flink-llm try "Where is order 1042?"
     """
-    from flink_llm.local.demo import ask
+    from flink_llm.local.trial import ask
 
     ask(question, user, state or state_folder())
 
@@ -149,12 +149,13 @@ def try_(question: str, user: str, state: Path | None) -> None:
 def demo(events: int, state: Path | None) -> None:
     """Run the main job here, from Kafka to Kafka.
 
-    Broker, features, model and job start, sample events are sent, then you may ask.
+    Broker, features, model and job start, a first reply is streamed, sample events are sent, then you may ask.
     Exit status 1 when a sample event got no reply.
     """
     from flink_llm.local.demo import Demo
+    from flink_llm.local.processes import own_start
 
-    sys.exit(not Demo(state or state_folder(), events).run())
+    sys.exit(not Demo(state or state_folder(), events, own_start()).run())
 
 
 @main.command()

@@ -13,7 +13,7 @@ from flink_llm.engine.settings import HostSettings
 from flink_llm.errors import ConfigError, FlinkLlmError
 from flink_llm.local import checks, jars
 from flink_llm.local.broker import Broker
-from flink_llm.local.demo import shipped
+from flink_llm.local.demo_job import shipped
 
 log = logging.getLogger(__name__)
 STANDS_ON = {"topics": "Kafka", "transactions": "Kafka"}
