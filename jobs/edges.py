@@ -61,7 +61,7 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
         settings = config.load(args.config)
         if not environment.submitted():  # a cluster may reach what this machine cannot
             checks.before_start(settings)
-        env = environment.environment(settings.flink.properties)
+        env = environment.environment(settings.flink.properties, kafka=settings.files is None)
         build(env, settings)
     except FlinkLlmError as error:
         print(f"flink-llm: {error}", file=sys.stderr)
