@@ -253,14 +253,19 @@ def models(path: Path, slots: int) -> None:
 @main.command()
 @click.option("--config", required=True, type=click.Path(path_type=Path), help="The job's YAML file.")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-def package(config: Path, to: Path) -> None:
+@click.option(
+    "--flavour",
+    type=click.Choice(["cpu", "gpu"]),
+    help="What the task managers have; by default what is installed here.",
+)
+def package(config: Path, to: Path, flavour: str | None) -> None:
     """Gather a submission, and print its `flink run` line.
 
     The line alone goes to standard output; what the cluster needs besides is said beside it.
     """
     from flink_llm.local.package import pack
 
-    packed = pack(config, to)
+    packed = pack(config, to, flavour=flavour)
     for note in packed.notes:
         click.echo(f"- {note}", err=True)
     click.echo(packed.line)
