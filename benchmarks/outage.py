@@ -23,7 +23,7 @@ from kafka import KafkaConsumer, KafkaProducer
 from benchmarks import pipeline
 from flink_llm.call import OperatorSettings
 from flink_llm.flink_settings import FlinkSettings
-from flink_llm.local import demo, processes
+from flink_llm.local import demo_job, processes
 from flink_llm.testing import Script
 
 RATE = 20
@@ -33,7 +33,7 @@ DRAIN_S = 90.0
 
 def measure(servers: str, folder: Path, *, outage_s: float, deadline_s: float) -> dict[str, Any]:
     """One run; see the module."""
-    features = demo.prepare(folder)
+    features = demo_job.prepare(folder)
     store = Path(features.state or "") / "online_store.db"
     rest = processes.free_port()
     chosen = {

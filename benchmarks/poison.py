@@ -18,7 +18,7 @@ import yaml
 from kafka import KafkaConsumer, KafkaProducer
 
 from benchmarks import pipeline
-from flink_llm.local import demo, processes
+from flink_llm.local import demo_job, processes
 from flink_llm.local.broker import TOPICS, create_topics
 
 START_S, IDLE_S = 180.0, 60.0
@@ -69,10 +69,10 @@ def measure(servers: str, folder: Path, count: int) -> dict[str, Any]:
     create_topics(servers, TOPICS)
     rest = processes.free_port()
     config = folder / "poison.yaml"
-    demo.prepare(folder)
+    demo_job.prepare(folder)
     flink = {"delivery": "exactly_once", "checkpoint_interval_ms": 500, "properties": {"rest.port": str(rest)}}
     kafka = {"bootstrap_servers": servers, "group": "poison"}
-    config.write_text(yaml.safe_dump(demo.configuration(folder, kafka=kafka, flink=flink, name="poison")))
+    config.write_text(yaml.safe_dump(demo_job.configuration(folder, kafka=kafka, flink=flink, name="poison")))
     log = folder / "poison.log"
     job = processes.start([sys.executable, "-m", "flink_llm", "run", str(config)], log)
     try:

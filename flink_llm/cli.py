@@ -99,7 +99,7 @@ def up(port: int | None, topics: tuple[str, ...], state: Path | None) -> None:
 @STATE
 def down(wipe: bool, state: Path | None) -> None:
     """Stop the broker."""
-    from flink_llm.local.demo import forget
+    from flink_llm.local.demo_job import forget
 
     folder = state or state_folder()
     broker = Broker(folder)
@@ -145,7 +145,7 @@ def try_(question: str, user: str, state: Path | None) -> None:
 
     For example: flink-llm try "Where is order 1042?"
     """
-    from flink_llm.local.demo import ask
+    from flink_llm.local.trial import ask
 
     ask(question, user, state or state_folder())
 
@@ -156,12 +156,13 @@ def try_(question: str, user: str, state: Path | None) -> None:
 def demo(events: int, state: Path | None) -> None:
     """Run the main job here, from Kafka to Kafka.
 
-    Broker, features, model and job start, sample events are sent, then you may ask.
+    Broker, features, model and job start, a first reply is streamed, sample events are sent, then you may ask.
     Exit status 1 when a sample event got no reply.
     """
     from flink_llm.local.demo import Demo
+    from flink_llm.local.processes import own_start
 
-    sys.exit(not Demo(state or state_folder(), events).run())
+    sys.exit(not Demo(state or state_folder(), events, own_start()).run())
 
 
 @main.command()
@@ -307,14 +308,19 @@ def models(path: Path, slots: int) -> None:
 @main.command()
 @click.option("--config", required=True, type=click.Path(path_type=Path), help="The job's YAML file.")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-def package(config: Path, to: Path) -> None:
+@click.option(
+    "--flavour",
+    type=click.Choice(["cpu", "gpu"]),
+    help="What the task managers have; by default what is installed here.",
+)
+def package(config: Path, to: Path, flavour: str | None) -> None:
     """Gather a submission, and print its `flink run` line.
 
     The line alone goes to standard output; what the cluster needs besides is said beside it.
     """
     from flink_llm.local.package import pack
 
-    packed = pack(config, to)
+    packed = pack(config, to, flavour=flavour)
     for note in packed.notes:
         click.echo(f"- {note}", err=True)
     click.echo(packed.line)

@@ -76,6 +76,8 @@ class Chat(Section, frozen=True, kw_only=True):
 
     `model` is one of `models`; `features` a Feast view or service. `entities` finds join keys in the
     last message: name → regular expression with one group. `mask` names what the reply must not show.
+    `max_characters` is the most that a request's messages may have together; a reply is bounded by
+    `max_tokens` only, whatever characters those are.
     """
 
     model: str = "support-chat"

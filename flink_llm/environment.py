@@ -86,12 +86,12 @@ def check(env: StreamExecutionEnvironment, capacity: int) -> None:
         )
 
 
-def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvironment:
+def environment(properties: dict[str, str] | None = None, *, kafka: bool = True) -> StreamExecutionEnvironment:
     """The cluster a job is submitted to, or else a mini-cluster in this process.
 
     On the mini-cluster Python runs in processes of its own, as it does on a cluster, the connector jar is
-    fetched if need be, and what the job fails of is told on stderr. Raises LocalError: no Java that Flink
-    runs on, no connector jar; ConfigError: `rest.port` is no number.
+    fetched if need be unless `kafka` is off, and what the job fails of is told on stderr. Raises LocalError:
+    no Java that Flink runs on, no connector jar; ConfigError: `rest.port` is no number.
     """
     local = not submitted()
     if local:
@@ -100,7 +100,8 @@ def environment(properties: dict[str, str] | None = None) -> StreamExecutionEnvi
     if local:
         _leave_loopback()
         configuration.set_string("python.executable", sys.executable)
-        configuration.set_string("pipeline.jars", jars.connector_jar().as_uri())
+        if kafka:
+            configuration.set_string("pipeline.jars", jars.connector_jar().as_uri())
         configuration.set_string("taskmanager.memory.managed.size", "512m")
         properties = {"rest.port": str(processes.free_port()), **(properties or {})}
         failures.watch(_number("rest.port", properties["rest.port"]))

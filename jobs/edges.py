@@ -65,7 +65,7 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
             checks.before_start(settings)
         elif settings.files is None:  # a cluster may reach what this machine cannot: this asks where it can
             checks.sizes(settings)
-        env = environment.environment(settings.flink.properties)
+        env = environment.environment(settings.flink.properties, kafka=settings.files is None)
         build(env, settings)
     except FlinkLlmError as error:
         print(f"flink-llm: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from flink_llm import cli
 from flink_llm.engine.model import open_model_folder
-from flink_llm.local import broker, demo
+from flink_llm.local import broker, demo, trial
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ def test_a_foreign_error_is_one_line(error, text, monkeypatch):
     def ask(*args):
         raise error
 
-    monkeypatch.setattr(demo, "ask", ask)
+    monkeypatch.setattr(trial, "ask", ask)
     assert one_line(invoke("try", "x")) == text
 
 
@@ -83,7 +83,7 @@ def test_the_trace_is_shown_when_asked_for(monkeypatch, caplog):
     def ask(*args):
         raise KeyError("x")
 
-    monkeypatch.setattr(demo, "ask", ask)
+    monkeypatch.setattr(trial, "ask", ask)
     caplog.set_level("INFO")
     assert invoke("-v", "try", "x").exit_code == 1
     assert "Traceback" in caplog.text

@@ -282,7 +282,7 @@ def test_worker_that_was_held_up_itself_sees_no_outage(folder: Path) -> None:
 
 WORKER = """
 import asyncio, sys, msgspec
-from flink_llm.engine.client import HostClient
+from flink_llm.engine.client import HostClient, open_engine
 from flink_llm.engine.protocol import Submit
 from flink_llm.engine.settings import HostSettings
 async def main():
@@ -407,6 +407,18 @@ def test_a_host_that_will_not_let_go_is_an_outage(folder: Path, monkeypatch: pyt
         start_host(settings, path)
     with pytest.raises(ConfigError, match="the model host ended at its start"):
         start_host(settings, path)
+
+
+def test_a_gpu_that_this_onnx_runtime_cannot_use_ends_the_host_at_its_start(folder: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    refused = r"host\.device is 'cuda:0', this ONNX Runtime has no CUDA: install flink-llm\[gpu\] instead of \[cpu\]"
+    settings = HostSettings(device="cuda", socket_dir=str(folder), metrics_port=0)
+    with pytest.raises(ConfigError, match=rf"^the model host ended at its start: flink-llm host: {refused} \(log: "):
+        start_host(settings, socket_path(settings))
+    with pytest.raises(ConfigError, match=rf"^{refused}$"):
+        open_engine(HostSettings(device="cuda", engine="embedded"))
 
 
 def test_a_memory_budget_makes_another_host_and_reaches_it(folder: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from flink_llm.errors import LocalError
-from flink_llm.local import demo, processes
+from flink_llm.local import demo, demo_job, processes
+from flink_llm.local.demo_table import Tally
+from flink_llm.local.demo_talk import Talk
 
 
 class Scripted(demo.Demo):
@@ -15,6 +17,7 @@ class Scripted(demo.Demo):
     def __init__(self, state: Path, **script: type[BaseException]) -> None:
         super().__init__(state, 1)
         self.script = script
+        self._talk.converse = lambda patience: self._comes_up("converse")
 
     def _start(self) -> None:
         processes.start(["sleep", "60"], self._log, file=self._job_file)
@@ -24,9 +27,6 @@ class Scripted(demo.Demo):
     def _sample(self) -> bool:
         return "failed" not in self.script
 
-    def _converse(self) -> None:
-        self._comes_up("converse")
-
     def _comes_up(self, where: str) -> None:
         if where in self.script:
             raise self.script[where]
@@ -35,7 +35,7 @@ class Scripted(demo.Demo):
 @pytest.fixture
 def played(tmp_path, monkeypatch):
     """Plays a demo at a terminal; its answer, after a look that nothing is left."""
-    monkeypatch.setattr(demo, "demo_model", lambda: tmp_path)
+    monkeypatch.setattr(demo_job, "demo_model", lambda: tmp_path)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
 
@@ -73,21 +73,64 @@ def test_a_job_that_a_killed_demo_left_is_stopped(played, tmp_path):
 
 
 def test_a_second_demo_of_a_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "demo_model", lambda: tmp_path)
+    monkeypatch.setattr(demo_job, "demo_model", lambda: tmp_path)
     with demo.FileLock(tmp_path / "demo.lock"), pytest.raises(LocalError, match=r"^a demo runs in .* already"):
         demo.Demo(tmp_path, 1).run()
 
 
+class Heard(Talk):
+    """Hears what a test says."""
+
+    def __init__(self, *arrived):
+        super().__init__(demo.Console(width=200), lambda: None)
+        self.arrived = arrived
+
+    def outcomes(self, patience):
+        yield from self.arrived
+
+
+def tokens(*texts, of="7"):
+    return [("chat.tokens", {"request_id": of, "text": text}) for text in texts]
+
+
+def reply(text, of="7"):
+    usage, timings = {"completion_tokens": 3}, {"per_token_ms": 1.0}
+    return "chat.responses", {"request_id": of, "text": text, "usage": usage, "timings": timings}
+
+
 @pytest.mark.parametrize("streamed", [["Order 7 ", "is packed."], ["Order 7 "], [], ["Else"]])
-def test_a_reply_is_whole_though_it_overtakes_its_tokens(tmp_path, monkeypatch, capsys, streamed):
-    talk = demo.Demo(tmp_path, 1)
-    monkeypatch.setattr(talk, "_console", demo.Console(width=200))
-    monkeypatch.setattr(talk._console, "input", lambda _: questions.pop())
-    monkeypatch.setattr(talk, "_send", lambda *_: "7")
-    talk._producer = type("Producer", (), {"flush": lambda self: None})()
-    arrived = [("chat.tokens", {"request_id": "7", "text": text}) for text in streamed]
-    arrived.append(("chat.responses", {"request_id": "7", "text": "Order 7 is packed."}))
-    monkeypatch.setattr(talk, "_outcomes", lambda _: iter(arrived))
-    questions = ["", "Where is order 7?"]
-    talk._converse()
+def test_a_reply_is_whole_though_it_overtakes_its_tokens(capsys, streamed):
+    talk = Heard(*tokens(*streamed), reply("Order 7 is packed."))
+    assert talk.show("7", 1) == len(streamed)
     assert "Order 7 is packed." in capsys.readouterr().out.splitlines()
+
+
+def test_a_reply_is_shown_while_it_comes(capsys):
+    talk = Heard(*tokens("of another", of="6"), *tokens("Order 7 "))
+    seen = []
+    assert talk.show("7", 1, lambda: seen.append(capsys.readouterr().out)) is None
+    assert seen == [""]
+    assert capsys.readouterr().out == "Order 7 "
+
+
+def test_a_failure_is_shown_in_the_reply_s_place(capsys):
+    failure = {"request_id": "7", "code": "model_error", "message": "it [broke]"}
+    assert Heard(("chat.failures", failure)).show("7", 1) == 0
+    assert capsys.readouterr().out == "model_error: it [broke]\n"
+
+
+def test_an_event_counts_once_however_often_it_arrives():
+    tally = Tally()
+    tally.sent = {"7": 0.0, "8": 0.0}
+    [token], answer = tokens("Or"), reply("Order 7")
+    assert [tally.note(*each) for each in (token, answer, answer, token, reply("", of="9"))] == [
+        False, True, False, False, False,
+    ]  # fmt: skip
+    failure = {"request_id": "8", "code": "model_error"}
+    assert tally.note("chat.failures", failure) is False
+    assert (tally.ended, len(tally.replies)) == (2, 1)
+    names, values = (list(column.cells) for column in tally.table(2.0, "after 3 s").columns)
+    said = dict(zip(names, values, strict=True))
+    assert said["first streamed reply"] == "after 3 s"
+    assert said["answered"] == "1 of 2" and said["failures"] == "1"
+    assert "to the first token, 2 at once, p50" in said

@@ -90,6 +90,18 @@ def test_the_connector_must_be_for_this_flink(flink, jar, good, tmp_path, monkey
             checks.connector()
 
 
+def test_maven_may_be_absent_when_it_has_nothing_left_to_fetch(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("FLINK_LLM_CACHE", str(tmp_path))
+    for group in ("connector", "broker"):
+        with pytest.raises(LocalError, match=r"^mvn is not installed: run"):
+            checks.maven()
+        folder = jars._folder(group)
+        folder.mkdir(parents=True)
+        (folder / jars.COMPLETE).touch()
+    assert checks.maven() == f"not installed, and not needed: the jars are in {tmp_path}"
+
+
 def program(folder, name, text):
     file = folder / name
     file.write_text(f"#!/bin/sh\n{text}\n")

@@ -16,7 +16,7 @@ from flink_llm.engine.grammar import Grammars, definition
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import WorkTable
 from flink_llm.errors import RecordError
-from flink_llm.local import demo
+from flink_llm.local import demo_job
 
 END = 0
 
@@ -153,7 +153,7 @@ def test_the_engine_constrains_one_request_and_leaves_its_neighbours_alone():
 
     async def ask():
         table = WorkTable(OnnxBackend(HostSettings(device="cpu")))
-        model = Model(table, "support-chat", str(demo.demo_model()))
+        model = Model(table, "support-chat", str(demo_job.demo_model()))
         await model.load()
         alone = await model.chat(question, max_tokens=40)
         replies = await asyncio.gather(

@@ -151,6 +151,28 @@ def test_the_line_alone_goes_to_standard_output(job, tmp_path):
     assert str(tmp_path / "packed") in result.stderr
 
 
+def test_the_flavour_is_chosen_on_the_command_line(job, tmp_path):
+    line = ["package", "--config", str(job), "--to", str(tmp_path / "packed"), "--flavour", "gpu"]
+    assert CliRunner().invoke(cli.main, line).exit_code == 0
+    assert (tmp_path / "packed" / "requirements.txt").read_text().startswith("flink-llm[gpu]==")
+
+
+@pytest.mark.parametrize(
+    ("flavour", "own", "runtime"),
+    [
+        (None, "cpu", r"onnxruntime==[\d.]+, the one"),
+        ("gpu", "gpu", r"onnxruntime-gpu>=[\d.]+, which is not installed"),
+    ],
+)
+def test_a_cluster_with_gpus_may_be_packed_for_from_a_machine_without(job, tmp_path, flavour, own, runtime):
+    packed = pack(job, tmp_path / "packed", {}, flavour)
+    lines = (tmp_path / "packed" / "requirements.txt").read_text().splitlines()
+    assert lines[0].startswith(f"flink-llm[{own}]==")
+    [line] = [line for line in lines if line.startswith("onnxruntime")]
+    [note] = [note for note in packed.notes if f"takes ONNX Runtime as {line}," in note]
+    assert re.search(runtime, note)
+
+
 def test_requirements_pin_all_that_runs_here():
     lines = requirements("cpu")
     assert lines[0].startswith("flink-llm[cpu]==")

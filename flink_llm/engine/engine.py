@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from flink_llm.engine.answers import Answers
+from flink_llm.engine.decoder import providers
 from flink_llm.engine.decoding import Decoding
 from flink_llm.engine.encoding import Encoding
 from flink_llm.engine.faults import fault_of, lacks_memory
@@ -32,7 +33,7 @@ _DEAD = "the engine's thread has died"
 
 
 class OnnxBackend:
-    """A `Backend` over ONNX Runtime.
+    """A `Backend` over ONNX Runtime. Raises ConfigError where that has no CUDA and a GPU is asked for.
 
     `when_dead` is called if the engine's thread ends of an error: nothing is computed any more, and all
     work is an outage.
@@ -45,6 +46,7 @@ class OnnxBackend:
         self._metrics = metrics or Metrics()
         self._when_dead = when_dead
         self._device = resolve_device(settings.device)
+        providers(self._device)  # a host without its GPU ends at its start, not at a model's load
         self._models: dict[str, ServedModel] = {}
         self._answers = Answers(settings.cache_mb)
         self._loading = asyncio.Lock()

@@ -161,9 +161,9 @@ def _onnx(settings: HostSettings) -> Backend:
     from flink_llm.engine.metrics_endpoint import MetricsEndpoint
 
     metrics = Metrics()
+    engine = OnnxBackend(settings, lambda: os.kill(os.getpid(), signal.SIGTERM), metrics)
     if settings.metrics_port is not None:
         MetricsEndpoint(metrics.registry, settings.metrics_host, settings.metrics_port).start()
-    engine = OnnxBackend(settings, lambda: os.kill(os.getpid(), signal.SIGTERM), metrics)
     return Fleet(engine, settings.memory_mb)
 
 

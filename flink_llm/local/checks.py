@@ -65,6 +65,16 @@ def java() -> str:
     return f"{version} at {path}"
 
 
+def maven() -> str:
+    """Maven, unless what it would fetch is in the cache."""
+    try:
+        return jars.program("mvn")
+    except LocalError:
+        if not jars.all_cached():
+            raise
+        return f"not installed, and not needed: the jars are in {jars.cache_folder()}"
+
+
 def connector() -> str:
     """The connector jar, and whether this Flink is one that it runs on."""
     flink = importlib.metadata.version("apache-flink")

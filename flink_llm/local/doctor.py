@@ -11,9 +11,9 @@ from rich.markup import escape
 from flink_llm.config import JobConfig, load
 from flink_llm.engine.settings import HostSettings
 from flink_llm.errors import ConfigError, FlinkLlmError
-from flink_llm.local import checks, jars
+from flink_llm.local import checks
 from flink_llm.local.broker import Broker
-from flink_llm.local.demo import shipped
+from flink_llm.local.demo_job import shipped
 from flink_llm.secrets import masked
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _checks(settings: JobConfig | None, state: Path | None) -> Iterator[tuple[st
     """The checks of this machine, then those of a job, or of the local stack in `state`."""
     yield "Python", checks.python
     yield "Java", checks.java
-    yield "Maven", lambda: jars.program("mvn")
+    yield "Maven", checks.maven
     yield "Flink and its Kafka connector", checks.connector
     yield "ONNX Runtime", checks.onnxruntime
     yield "GPU", partial(checks.gpu, settings.host if settings else HostSettings())

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from filelock import FileLock
 
@@ -26,6 +26,7 @@ INSTALL = {
 }
 OLDEST_JAVA = 17
 Group = Literal["connector", "broker"]
+COMPLETE = ".complete"
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -63,9 +64,8 @@ def java() -> tuple[str, int]:
 
 def jars(group: Group) -> list[Path]:
     """The jars of a group, downloaded at the first call. Raises LocalError: no Maven, no network, no room."""
-    version = hashlib.sha256(POM.read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / "jars" / f"{group}-{version}"
-    done = folder / ".complete"
+    folder = _folder(group)
+    done = folder / COMPLETE
     if not done.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +76,16 @@ def jars(group: Group) -> list[Path]:
         except OSError as error:
             raise LocalError(f"the cache folder {folder} cannot be written: {error.strerror or error}") from error
     return sorted(folder.glob("*.jar"))
+
+
+def all_cached() -> bool:
+    """Whether the jars of every group are there, so that Maven has nothing left to do."""
+    return all((_folder(group) / COMPLETE).exists() for group in get_args(Group))
+
+
+def _folder(group: Group) -> Path:
+    version = hashlib.sha256(POM.read_bytes()).hexdigest()[:12]
+    return cache_folder() / "jars" / f"{group}-{version}"
 
 
 def connector_jar() -> Path:

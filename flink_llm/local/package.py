@@ -43,8 +43,10 @@ class Packed(Struct, frozen=True):
     notes: list[str]
 
 
-def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ) -> Packed:
+def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ, flavour: str | None = None) -> Packed:
     """Makes the folder `to`, whole or not at all. Raises ConfigError, ModelFolderError, LocalError.
+
+    `flavour` is what the task managers run the models on, "cpu" or "gpu"; None is what is installed here.
 
     `${NAME}` references stay in the configuration, and need not be set: the client of the submission
     replaces them.
@@ -54,7 +56,7 @@ def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ) -> Pac
     checks.job(settings.job)
     models = {name: versions(path) for name, path in checks.served(settings).items()}
     moved = _moved(config, settings)
-    needed = requirements(checks.FLAVOURS[checks.flavour()])
+    needed = requirements(flavour or checks.FLAVOURS[checks.flavour()])
     jar = jars.connector_jar()
     if to.exists():
         raise LocalError(f"{to} exists already: choose another folder, or remove it")
@@ -78,10 +80,10 @@ def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ) -> Pac
             made.rename(to)
     except OSError as error:
         raise LocalError(f"{to} cannot be written: {error.strerror or error}") from error
-    return _described(to.absolute(), jar.name, settings, secrets, needed[0])
+    return _described(to.absolute(), jar.name, settings, secrets, needed)
 
 
-def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], own: str) -> Packed:
+def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], needed: list[str]) -> Packed:
     script = None if shutil.which("flink") else cluster.flink_script()
     python = sys.executable
     line = [
@@ -92,9 +94,12 @@ def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], own:
         f"{to} holds the connector jar, job.py, config.yaml, requirements.txt{', models' if settings.models else ''}"
         f"{', feature_repo' if (to / 'feature_repo').exists() else ''}; every task manager reads it at this path",
         f"Python must be at {python} on every task manager: python -m venv FOLDER, then FOLDER/bin/pip install -r "
-        f"requirements.txt ({own} from an index or a wheel of yours); or pack that FOLDER's content as venv.zip and "
-        f"submit with `-pyarch venv.zip -pyexec venv.zip/bin/python` instead",
+        f"requirements.txt ({needed[0]} from an index or a wheel of yours); or pack that FOLDER's content as venv.zip "
+        f"and submit with `-pyarch venv.zip -pyexec venv.zip/bin/python` instead",
     ]
+    [runtime] = [line for line in needed if Requirement(line).name in checks.FLAVOURS]
+    kept = "the one that is installed here" if "==" in runtime else "which is not installed here, and not pinned"
+    notes.append(f"requirements.txt takes ONNX Runtime as {runtime}, {kept}; --flavour chooses between cpu and gpu")
     if script is None and not shutil.which("flink"):
         notes.append("there is no `flink` here: the one in the line is your cluster's")
     if settings.features is not None:
@@ -106,8 +111,12 @@ def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], own:
 
 
 def requirements(flavour: str) -> list[str]:
-    """Pinned lines for flink-llm with that extra and all it needs, as they are installed here."""
+    """Pinned lines for flink-llm with that extra and all it needs, as they are installed here.
+
+    The ONNX Runtime of the other flavour cannot be installed beside this one's, and is not pinned.
+    """
     pinned: dict[str, str] = {}
+    loose: list[str] = []
     wanted = [Requirement(f"flink-llm[{flavour}]")]
     seen = set()
     while wanted:
@@ -119,6 +128,9 @@ def requirements(flavour: str) -> list[str]:
         try:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError as error:
+            if name in checks.FLAVOURS:
+                loose.append(f"{name}{each.specifier}")
+                continue
             raise LocalError(f"{name} is not installed: pip install 'flink-llm[{flavour}]'") from error
         pinned.setdefault(name, found.version)
         for line in found.requires or []:
@@ -126,7 +138,8 @@ def requirements(flavour: str) -> list[str]:
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras or {""}):
                 wanted.append(needed)
     own = pinned.pop("flink-llm")
-    return [f"flink-llm[{flavour}]=={own}", *(f"{name}=={version}" for name, version in sorted(pinned.items()))]
+    lines = [*(f"{name}=={version}" for name, version in pinned.items()), *loose]
+    return [f"flink-llm[{flavour}]=={own}", *sorted(lines)]
 
 
 def _packed_path(source: str, name: str) -> str:

@@ -36,6 +36,12 @@ class Started(Struct, frozen=True):
         return process if alive else None
 
 
+def own_start() -> float:
+    """When this process was started, in seconds since the epoch."""
+    created: float = psutil.Process().create_time()
+    return created
+
+
 def start(
     command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None, *, file: Path | None = None
 ) -> Started:

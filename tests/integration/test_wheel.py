@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 from kafka import KafkaConsumer, KafkaProducer
 import flink_llm
-from flink_llm.local import demo
+from flink_llm.local import demo_job
 from flink_llm.local.broker import Broker
 from flink_llm.local.cluster import Cluster
 
@@ -30,10 +30,10 @@ home = Path.cwd()
 broker = Broker(home / "broker")
 broker.up()
 try:
-    demo.prepare(home / "state")
+    demo_job.prepare(home / "state")
     kafka = {"bootstrap_servers": "${KAFKA}", "group": "packed"}
     models = {"support-chat": sys.argv[1]}
-    raw = demo.configuration(home / "state", name="packed", kafka=kafka, models=models)
+    raw = demo_job.configuration(home / "state", name="packed", kafka=kafka, models=models)
     raw["flink"]["parallelism"] = 2
     (home / "job.yaml").write_text(yaml.safe_dump(raw))
     tool = [str(Path(sys.executable).with_name("flink-llm")), "package", "--config", "job.yaml", "--to", "packed"]

@@ -1,0 +1,23 @@
+"""The demo end to end: a real broker, a mini-cluster, Feast and the shipped model."""
+
+import re
+
+import pytest
+
+from flink_llm.local import demo_job, processes
+from flink_llm.local.demo import Demo
+
+MODEL = demo_job.shipped("models") / "support-chat"
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not (MODEL / "manifest.json").exists(), reason="the demo's model is not trained")
+def test_every_event_is_answered_and_a_reply_is_streamed(tmp_path, capsys):
+    assert Demo(tmp_path, 5).run()
+    said = capsys.readouterr().out
+    [after] = re.findall(r"^first streamed reply after ([\d.]+) s$", said, re.MULTILINE)
+    assert 0 < float(after) < 180
+    assert re.search(r"^> Where is order 1042\?\n+.*1042", said, re.MULTILINE)
+    assert re.search(r"answered .* 5 of 5", said)
+    assert re.search(r"to the first token, 5 at once, p50 .* [1-9]\d* ms", said)
+    assert processes.recall(tmp_path / "demo.json") is None
