@@ -445,3 +445,14 @@ def test_faults_are_told_by_their_code(folders: dict[str, Path]) -> None:
     served.encoding._encoder._run = lambda *_: 1 / 0  # type: ignore[method-assign]
     [fault] = served.step().values()
     assert isinstance(fault, Fault) and fault.kind == "record"
+
+
+def test_a_text_of_an_earlier_lane_goes_before_those_that_came_first(folders: dict[str, Path]) -> None:
+    served = Served(folders["embedding"])
+    for i in range(100, 180):
+        served.add(str(i))
+    served.add("200", priority=9)
+    served.add("300", priority=0)
+    first, second = served.step(), served.step()
+    assert "300" in first and len(first) == 64
+    assert {"200", "179"} <= set(second)

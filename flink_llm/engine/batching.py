@@ -35,7 +35,7 @@ LIMITS = Limits()
 def next_run(lengths: Sequence[int], oldest_s: float, limits: Limits = LIMITS) -> list[int]:
     """Indices of the texts to run now, in order; never none of some.
 
-    `lengths` are the tokens of those that wait, in the order in which they came; the first has waited for
+    `lengths` are the tokens of those that wait, in the order in which they are due; the first has waited for
     `oldest_s` seconds.
     """
     lengths = lengths[: limits.window]

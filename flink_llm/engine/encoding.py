@@ -1,7 +1,9 @@
 """An encoder at work: texts are answered from memory, or run together with others of their length."""
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.pace import Pace
 from flink_llm.engine.protocol import Done, Submit, WorkKind
+from flink_llm.engine.scheduler import AGEING_S, lane_of
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tagging import entities
 from flink_llm.engine.tokenizer import Spans, Tokenizer
@@ -43,9 +46,9 @@ class _Asked:
 
 
 class _Row:
-    """One text or pair that waits for the model, since monotonic seconds."""
+    """One text or pair that waits for the model, since monotonic seconds; `rank` is that, later for lower priority."""
 
-    __slots__ = ("asked", "key", "place", "since", "spans", "text", "tokens", "types")
+    __slots__ = ("asked", "key", "place", "rank", "since", "spans", "text", "tokens", "types")
 
     def __init__(self, asked: _Asked, place: int, text: str, key: bytes) -> None:
         self.asked = asked
@@ -53,6 +56,7 @@ class _Row:
         self.text = text
         self.key = key
         self.since = time.monotonic()
+        self.rank = self.since + lane_of(asked.job.work.priority) * AGEING_S
         self.tokens: list[int] = []
         self.types: list[int] = []
         self.spans: Spans | None = None
@@ -101,7 +105,8 @@ class Encoding:
         self._pace.admit(len(self._waiting), job.left(), full=len(self._waiting) >= self._queue)
         for row in rows:
             self._tokenise(row, *query)
-        self._waiting += rows
+        place = bisect_right(self._waiting, rows[-1].rank, key=attrgetter("rank"))
+        self._waiting[place:place] = rows
 
     def step(self, said: Said) -> bool:
         """See `ServedModel.step`. One run, after which those it answers are told."""
@@ -179,7 +184,7 @@ class Encoding:
     def _take(self) -> Iterator[_Row]:
         if not self._waiting:
             return
-        waited = time.monotonic() - self._waiting[0].since
+        waited = time.monotonic() - self._waiting[0].since  # by rank: of one lane it is the oldest
         chosen = set(next_run([len(row.tokens) for row in self._waiting], waited))
         yield from (row for i, row in enumerate(self._waiting) if i in chosen)
         self._waiting = [row for i, row in enumerate(self._waiting) if i not in chosen]
