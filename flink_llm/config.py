@@ -37,18 +37,22 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Topics(Section, frozen=True, kw_only=True):
-    """Topic names. A request's `reply_to` may name one of `reply_to`, else the response goes to `responses`."""
+    """Topic names. A request's `reply_to` may name one of `reply_to`, else the response goes to `responses`.
+
+    `tokens` null writes none: an embedding has no tokens.
+    """
 
     requests: Annotated[list[str], Meta(min_length=1)] = msgspec.field(default_factory=lambda: ["chat.requests"])
     responses: str = "chat.responses"
-    tokens: str = "chat.tokens"
+    tokens: str | None = "chat.tokens"
     failures: str = "chat.failures"
     reply_to: list[str] = []
 
     def written(self) -> dict[str, str]:
         """Key → topic of all that is written."""
         replies = {f"reply_to[{number}]": name for number, name in enumerate(self.reply_to)}
-        return {"responses": self.responses, "tokens": self.tokens, "failures": self.failures, **replies}
+        tokens = {} if self.tokens is None else {"tokens": self.tokens}
+        return {"responses": self.responses, **tokens, "failures": self.failures, **replies}
 
 
 class Files(Section, frozen=True, kw_only=True):

@@ -33,13 +33,14 @@ def requests(env: StreamExecutionEnvironment, tables: Any, settings: JobConfig) 
 
 
 def write(tables: Any, outputs: Outputs, settings: JobConfig) -> None:
-    """Results, partials and failures to their topics, or to files."""
+    """Results, partials and failures to their topics, or to files; partials nowhere without a topic of theirs."""
     topics = settings.topics
-    named = {
+    named: dict[str, tuple[DataStream, list[str], kafka.Delivery]] = {
         "responses": (outputs.results, [topics.responses, *topics.reply_to], settings.flink.delivery),
-        "tokens": (outputs.partials, [topics.tokens], "at_least_once"),
         "failures": (outputs.failures, [topics.failures], settings.flink.delivery),
     }
+    if topics.tokens is not None:
+        named["tokens"] = outputs.partials, [topics.tokens], "at_least_once"
     for uid, (stream, names, delivery) in named.items():
         if settings.files is None:
             kafka.sink(tables, stream, settings.kafka, names, uid=uid, delivery=delivery)

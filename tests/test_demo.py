@@ -115,7 +115,7 @@ def test_a_reply_is_shown_while_it_comes(capsys):
 
 def test_a_failure_is_shown_in_the_reply_s_place(capsys):
     failure = {"request_id": "7", "code": "model_error", "message": "it [broke]"}
-    assert Heard(("chat.failures", failure)).show("7", 1) == 0
+    assert Heard(("chat.failures", failure)).show("7", 1) is None
     assert capsys.readouterr().out == "model_error: it [broke]\n"
 
 

@@ -122,7 +122,7 @@ class Demo:
         with self._console.status("waiting for the job ...") as waiting:
             pieces = self._talk.show(wanted, START_S, waiting.stop)  # a spinner would overwrite the tokens
         if pieces is None:
-            raise LocalError(f"the job gave no answer within {START_S:.0f} s (log: {self._log})")
+            raise LocalError(f"the first question got no reply within {START_S:.0f} s (log: {self._log})")
         self._first_reply = f"after {time.time() - self._began:.1f} s"
         kind = "streamed reply" if pieces else "reply (its tokens came behind it)"
         self._console.print(f"[dim]first {kind} {self._first_reply}[/]\n", highlight=False)

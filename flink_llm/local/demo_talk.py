@@ -64,8 +64,9 @@ class Talk:
                     yield record.topic, json.loads(record.value)
 
     def show(self, wanted: str, patience: float, begins: Callable[[], None] = lambda: None) -> int | None:
-        """Prints a reply while its tokens arrive; how many came before it was whole, None for no reply.
+        """Prints a reply while its tokens arrive; how many came before it was whole.
 
+        None where there is no reply: a failure is printed, and after `patience` seconds of silence it gives up.
         `begins` is called when there is something to print.
         """
         streamed, pieces = "", 0
@@ -77,13 +78,14 @@ class Talk:
                 streamed, pieces = streamed + value["text"], pieces + 1
                 self._console.print(value["text"], end="", highlight=False, markup=False, soft_wrap=True)
                 continue
-            if topic == "chat.failures":
+            failed = topic == "chat.failures"
+            if failed:
                 rest = f"{value['code']}: {value['message']}"
             else:  # the reply may overtake its last tokens, which are another topic
                 whole = value["text"]
                 rest = whole[len(streamed) :] if whole.startswith(streamed) else f"\n{whole}"
             self._console.print(rest, highlight=False, markup=False, soft_wrap=True)
-            return pieces
+            return None if failed else pieces
         return None
 
     def converse(self, patience: float) -> None:

@@ -34,6 +34,7 @@ def test_texts_of_a_file_become_vectors(tmp_path):
         "files": {"requests": "in.jsonl", "outcomes": "out"},
         "models": {"tiny": str(tiny.encoder(tmp_path / "model", "embedding"))},
         "chat": {"model": "tiny"},
+        "topics": {"tokens": None},
         "operator": {"key": "request_id"},
         "host": {"linger_s": 1},
     }
