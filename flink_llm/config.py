@@ -74,11 +74,13 @@ class Operator(Section, frozen=True, kw_only=True):
 class Chat(Section, frozen=True, kw_only=True):
     """How a chat request becomes a reply.
 
-    `model` is one of `models`; `features` a Feast view or service. `entities` finds join keys in the
-    last message: name → regular expression with one group. `mask` names what the reply must not show.
+    `model` is one of `models`, `adapter` one of its LoRA adapters, "" for none; `features` a Feast view or
+    service. `entities` finds join keys in the last message: name → regular expression with one group. `mask`
+    names what the reply must not show.
     """
 
     model: str = "support-chat"
+    adapter: str = ""
     features: str | None = None
     entities: dict[str, str] = {}
     system: str | None = None

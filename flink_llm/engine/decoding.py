@@ -25,6 +25,7 @@ from flink_llm.engine.sequence import Sequence
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tokenizer import Tokenizer
 from flink_llm.errors import RecordError
+from flink_llm.names import unknown
 
 CHUNK, CHUNK_LEAST = 512, 16
 """Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
@@ -78,6 +79,10 @@ class Decoding:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
         check(job.work.options)
         check_tokens(job.work.options.logit_bias, self._decoder.vocabulary)
+        if job.work.adapter not in ("", *self._decoder.adapters):
+            raise RecordError(
+                "unknown_adapter", unknown(f"adapter of {self.name}", job.work.adapter, self._decoder.adapters)
+            )
         options, prompt = job.work.options, self._prompt(job.work)
         if options.json_schema or options.regex or options.choices:  # may take seconds: others' tokens must not wait
             self._compiling.put(job, lambda: (prompt, self._grammar(options, len(prompt))))
@@ -88,7 +93,12 @@ class Decoding:
         sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
         sequence.arrived = job.metrics.arrived
         entry = self._scheduler.add(
-            _Generation(job, sequence), prompt, priority=job.work.priority, now=job.metrics.arrived, left=job.left()
+            _Generation(job, sequence),
+            prompt,
+            priority=job.work.priority,
+            now=job.metrics.arrived,
+            left=job.left(),
+            key=job.work.adapter,
         )
         self._entries[id(entry)] = entry
 
@@ -160,6 +170,7 @@ class Decoding:
         if start == entry.shared:
             sequence.began = began
             entry.item.job.metrics.began(began, reused=start)
+            self._decoder.adapt(_slot(entry), entry.key)
         try:
             logits = self._decoder.prefill(_slot(entry), sequence.prompt[start : start + count], start)
         except Exception as error:  # its prompt's, whatever it is: the others go on
