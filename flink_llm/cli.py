@@ -275,7 +275,23 @@ def failures_replay(config: Path, send: bool, **which: Any) -> None:
 )
 @click.option("--texts", type=click.File(encoding="utf-8"), help="Texts to compare on, one a line, instead of ours.")
 @click.option("--license", "license_name", default="", help="Licence to write down, an SPDX name.")
-def export(source: str, to: Path, name: str | None, precision: Any, task: Any, texts: Any, license_name: str) -> None:
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="A LoRA adapter of PEFT that requests may choose by NAME; may be given again.",
+)
+def export(
+    source: str,
+    to: Path,
+    name: str | None,
+    precision: Any,
+    task: Any,
+    texts: Any,
+    license_name: str,
+    adapters: tuple[str, ...],
+) -> None:
     """Make a model folder of a Hugging Face model.
 
     SOURCE is a folder on this disk, or the id of a model on the hub. What is made is measured against it,
@@ -286,7 +302,13 @@ def export(source: str, to: Path, name: str | None, precision: Any, task: Any, t
     from flink_llm.engine.export import Order, export_model
 
     lines = [line.strip() for line in texts or ()]
-    order = Order(name or to.name, precision, task, [line for line in lines if line], license_name)
+    folders: dict[str, Path] = {}
+    for given in adapters:
+        adapter, separator, folder = given.partition("=")
+        if not separator or not folder or adapter in folders:
+            raise click.BadParameter(f"{given!r}: say NAME=FOLDER, each name once", param_hint="--adapter")
+        folders[adapter] = Path(folder)
+    order = Order(name or to.name, precision, task, [line for line in lines if line], license_name, folders)
     made = export_model(source, to, order, click.echo)
     click.echo(f"{to}: {made.precision}, {sum(file.bytes for file in made.files.values()):,} bytes, {made.parity}")
 

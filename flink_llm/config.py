@@ -78,13 +78,14 @@ class Operator(Section, frozen=True, kw_only=True):
 class Chat(Section, frozen=True, kw_only=True):
     """How a chat request becomes a reply.
 
-    `model` is one of `models`; `features` a Feast view or service. `entities` finds join keys in the
-    last message: name → regular expression with one group. `mask` names what the reply must not show.
-    `max_characters` is the most that a request's messages may have together; a reply is bounded by
-    `max_tokens` only, whatever characters those are.
+    `model` is one of `models`, `adapter` one of its LoRA adapters, "" for none; `features` a Feast view or
+    service. `entities` finds join keys in the last message: name → regular expression with one group. `mask`
+    names what the reply must not show. `max_characters` is the most that a request's messages may have
+    together; a reply is bounded by `max_tokens` only, whatever characters those are.
     """
 
     model: str = "support-chat"
+    adapter: str = ""
     features: str | None = None
     entities: dict[str, str] = {}
     system: str | None = None

@@ -94,6 +94,7 @@ CODES: dict[str, str] = {
     "bad_key": "the key of the record cannot be read",
     "bad_option": "a generation option is out of its range",
     "unknown_model": "no model of that name is served",
+    "unknown_adapter": "the model has no adapter of that name",
     "context_overflow": "the prompt does not fit into the model's context",
     "bad_reply_to": "reply_to names a topic outside the configured list",
     "result_too_large": "the result is larger than its topic takes",

@@ -52,8 +52,9 @@ class ChatRequest(Request, frozen=True, kw_only=True):
     """What a client asks on `chat.requests`.
 
     `session_id` is the record's key: one conversation, in turn. `seed` defaults to a hash of the request
-    id. At most one of `json_schema`, `regex` and `choices` says what the reply must be. The other options
-    are those of `flink_llm.engine.options.Choices`.
+    id. At most one of `json_schema`, `regex` and `choices` says what the reply must be. `adapter` names one
+    of the model's LoRA adapters, "" none, whatever the job's default is. The other options are those of
+    `flink_llm.engine.options.Choices`.
     """
 
     session_id: Id
@@ -73,6 +74,7 @@ class ChatRequest(Request, frozen=True, kw_only=True):
     json_schema: dict[str, Any] | None = None
     regex: Annotated[str, Meta(min_length=1)] | None = None
     choices: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)] | None = None
+    adapter: Annotated[str, Meta(max_length=256)] | None = None
 
 
 class TokenRecord(Record, frozen=True, kw_only=True):

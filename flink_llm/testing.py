@@ -42,13 +42,14 @@ Served = TypeVar("Served", Model, Embedder, Classifier, Tagger, Reranker)
 class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a scripted model does.
 
-    A decoder says `text` (`{last}` stands for the last message) in `tokens` pieces: the first after
-    `first_ms`, the others `gap_ms` apart; `delay` "exponential" draws `first_ms` from that distribution,
-    decided by the request id. `rate_per_s` bounds how many pieces of work the model completes a second.
-    `fault` ends every piece of work with that code instead; "overloaded" and "hang" are not codes but
-    what they say. An embedding has `dimension` numbers that depend on the text; a classifier finds all
-    `labels` equally likely; a token classifier finds the words of `entities`, each with its label, wherever
-    they stand; a reranker's score is the share of the query's words that a document has.
+    A decoder says `text` (`{last}` stands for the last message, `{adapter}` for the one that was asked for;
+    it has every adapter) in `tokens` pieces: the first after `first_ms`, the others `gap_ms` apart; `delay`
+    "exponential" draws `first_ms` from that distribution, decided by the request id. `rate_per_s` bounds
+    how many pieces of work the model completes a second. `fault` ends every piece of work with that code
+    instead; "overloaded" and "hang" are not codes but what they say. An embedding has `dimension` numbers
+    that depend on the text; a classifier finds all `labels` equally likely; a token classifier finds the
+    words of `entities`, each with its label, wherever they stand; a reranker's score is the share of the
+    query's words that a document has.
     """
 
     kind: Literal["decoder", "embedding", "classifier", "token_classifier", "reranker"] = "decoder"
@@ -161,7 +162,7 @@ def _events(script: Script, work: Submit, generation: str) -> Iterator[Event]:
         yield Done(call=0, generation=generation, scores=scores)
         return
     last = work.messages[-1]["content"] if work.messages else work.prompt or ""
-    text = script.text.replace("{last}", last)
+    text = script.text.replace("{adapter}", work.adapter).replace("{last}", last)
     size = max(1, -(-len(text) // script.tokens))
     pieces = [text[i * size : (i + 1) * size] for i in range(script.tokens)]
     for sequence, piece in enumerate(pieces):

@@ -91,6 +91,7 @@ class Asked(ScriptedBackend):
 
     def start(self, work, generation, emit):
         self.options = work.options
+        self.adapter = work.adapter
 
         def told(event):
             emit(msgspec.structs.replace(event, logprobs=LOGPROBS) if isinstance(event, Done) else event)
@@ -103,6 +104,23 @@ OPTIONS = {
     "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "seed": 4, "stop": ["."],
     "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5, "logprobs": 1,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "adapter"),
+    [
+        ({}, "polite"),
+        ({"adapter": "legal"}, "legal"),
+        ({"adapter": ""}, ""),
+        ({"model": "demo"}, "polite"),
+        ({"model": "slow"}, ""),  # the default is the default model's
+        ({"model": "slow", "adapter": "legal"}, "legal"),
+    ],
+)
+def test_a_request_chooses_its_adapter(asked_for, adapter):
+    services = FakeServices(backend=Asked({"demo": CHAT["demo"], "slow": CHAT["demo"]}))
+    run(Generate(Chat(model="demo", adapter="polite"), others=["slow"]), asked(**asked_for), services=services)
+    assert services.backend.adapter == adapter
 
 
 def test_options_of_a_request_are_those_of_its_generation():

@@ -363,6 +363,7 @@ def test_work_id_does_not_know_call_deadline_or_priority() -> None:
         {"features": {"b": 2, "a": None}},
         {"options": Options(max_tokens=9, temperature=0.5, seed=7, stop=["\n"])},
         {"kind": "embed", "messages": None, "text": "hi"},
+        {"adapter": "one"},
     ],
 )
 def test_work_id_knows_model_input_and_options(changed: dict[str, Any]) -> None:

@@ -342,6 +342,17 @@ def test_a_shared_beginning_is_read_once():
     assert plan.prefill == (second, 100, 2)
 
 
+def test_a_beginning_is_not_shared_across_keys():
+    scheduler: Scheduler[str] = Scheduler(slots=3, limit=10)
+    system = list(range(100))
+    for key in ("one", "two", "one"):
+        added = scheduler.add(key, [*system, 7], priority=5, now=0.0, key=key)
+        plan = scheduler.plan(200)
+        assert [entry.item for entry in plan.sharing] == ([key] if added.source != added.slot else [])
+        scheduler.advance(plan.prefill[0], plan.prefill[2])
+    assert (added.shared, added.source) == (100, 0)
+
+
 class Clock:
     def __init__(self):
         self.now = 0.0

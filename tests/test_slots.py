@@ -12,25 +12,30 @@ PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=60)
 
 @given(
     st.booleans(),
-    st.lists(st.tuples(PROMPTS, st.integers(0, COUNT - 1), st.booleans()), max_size=40),
+    st.lists(
+        st.tuples(PROMPTS, st.integers(0, COUNT - 1), st.booleans(), st.sampled_from(["", "a", "b"])), max_size=40
+    ),
 )
 def test_whatever_comes_no_slot_is_shared_and_every_beginning_is_right(copies, steps):
     slots = Slots(COUNT, copies=copies)
-    cache = {number: [] for number in range(COUNT)}  # what the decoder would hold
+    cache = {number: [] for number in range(COUNT)}  # what the decoder would hold, and by which key
+    keys = {}
     busy = set()
-    for prompt, leaving, keep in steps:
+    for prompt, leaving, keep, key in steps:
         if leaving in busy:
             slots.release(leaving, keep=keep)
             busy.discard(leaving)
         if slots.free == 0:
             continue
-        place = slots.take(prompt)
+        place = slots.take(prompt, key)
         assert place.slot not in busy
         busy.add(place.slot)
         assert place.shared in range(len(prompt))
         assert place.shared == 0 or place.shared >= SHARED_LEAST
         assert copies or place.source == place.slot
         assert cache[place.source][: place.shared] == prompt[: place.shared]
+        assert place.shared == 0 or keys[place.source] == key
+        keys[place.slot] = key
         cache[place.slot] = cache[place.source][: place.shared] + prompt[place.shared :]
         slots.add(place.slot, prompt[place.shared :])
         assert list(slots.held(place.slot)) == prompt
@@ -82,6 +87,15 @@ def test_what_is_not_to_be_kept_is_gone():
     slots.add(place.slot, session(0))
     slots.release(place.slot, keep=False)
     assert slots.take(session(0)).shared == 0
+
+
+def test_a_beginning_is_shared_under_one_key_alone():
+    slots = Slots(2)
+    first = slots.take(session(0), "one")
+    slots.add(first.slot, session(0))
+    slots.release(first.slot)
+    assert slots.take(session(0), "two").shared == 0
+    assert slots.take(session(0), "one") == Placement(first.slot, 29, first.slot)
 
 
 def test_full_is_full():

@@ -159,3 +159,42 @@ def changed(folder: Path, **fields: Any) -> Path:
     del says["files"], says["format"]
     write_manifest(folder, **(says | fields))
     return folder
+
+
+def peft(folder: Path, modules: dict[str, int], *, seed: int, scale: float = 2.0, **config: Any) -> Path:
+    """A PEFT folder of a random adapter of the tiny Llama: its modules (`self_attn.q_proj`) with their ranks."""
+    import numpy as np
+
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    sizes = {
+        "self_attn.q_proj": (64, 64),
+        "self_attn.k_proj": (64, 32),
+        "self_attn.v_proj": (64, 32),
+        "self_attn.o_proj": (64, 64),
+        "mlp.gate_proj": (64, 128),
+        "mlp.up_proj": (64, 128),
+        "mlp.down_proj": (128, 64),
+    }
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(2):
+        for module, rank in modules.items():
+            inputs, outputs = sizes[module]
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = random.normal(0, 0.2, (rank, inputs)).astype(np.float32)
+            tensors[f"{name}.lora_B.weight"] = random.normal(0, 0.2, (outputs, rank)).astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    rank = next(iter(modules.values()))
+    says = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "target_modules": sorted({module.partition(".")[2] for module in modules}),
+        "rank_pattern": {module.partition(".")[2]: each for module, each in modules.items() if each != rank},
+        "alpha_pattern": {module.partition(".")[2]: scale * each for module, each in modules.items() if each != rank},
+        "bias": "none",
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(says))
+    return folder

@@ -52,7 +52,7 @@ class Generate(AsyncUdf):
         self._features = ctx.features(self._chat.features) if self._chat.features else None
 
     async def call(self, request: ChatRequest, ctx: CallContext) -> ChatResponse:
-        """Raises RecordError: unknown_model, too_large, empty_text, context_overflow, bad_option."""
+        """Raises RecordError: unknown_model, unknown_adapter, too_large, empty_text, context_overflow, bad_option."""
         began = time.monotonic()
         model = self._models.get(request.model or self._chat.model)
         if model is None:
@@ -62,7 +62,8 @@ class Generate(AsyncUdf):
             limit = self._chat.max_characters
             raise RecordError("too_large", f"the messages have {length} characters, the job takes {limit}")
         features, age = await self._read(request)
-        reply = model.chat(self._messages(request), features=features, **self._options(request))
+        adapter = self._adapter(request)
+        reply = model.chat(self._messages(request), features=features, adapter=adapter, **self._options(request))
         masker = Masker(self._chat.mask)
         said: list[str] = []
         async for token in reply:
@@ -108,6 +109,12 @@ class Generate(AsyncUdf):
     def _messages(self, request: ChatRequest) -> list[Message]:
         system = [Message("system", self._chat.system)] if self._chat.system else []
         return [*system, *request.messages]
+
+    def _adapter(self, request: ChatRequest) -> str:
+        """The job's default is its default model's: another model may have no such adapter."""
+        if request.adapter is not None:
+            return request.adapter
+        return self._chat.adapter if request.model in (None, self._chat.model) else ""
 
     def _options(self, request: ChatRequest) -> dict[str, Any]:
         asked = {name: getattr(request, name) for name in _OPTIONS}

@@ -15,6 +15,7 @@ import onnxruntime as ort
 import psutil
 from numpy.typing import NDArray
 
+from flink_llm.engine.adapters import BASE, Adapters
 from flink_llm.engine.cache import KvCache
 from flink_llm.engine.faults import lacks_memory
 from flink_llm.engine.model import Manifest, ModelFolder
@@ -70,6 +71,7 @@ class Decoder:
         self.context = manifest.context_length
         self._session = open_session(folder, device, threads)
         self._dtype, logits_dtype = _check_graph(self._session, manifest)
+        self._adapters = Adapters(folder, self._session, device)
         self._slices = LOGITS_FROM in {value.name for value in self._session.get_overridable_initializers()}
         self._shape = (manifest.num_kv_heads, manifest.context_length, manifest.head_dim)
         if device == "cpu":
@@ -81,6 +83,8 @@ class Decoder:
         self._mask = np.zeros(slots * (manifest.context_length + 1), dtype=np.int64)
         self._logits = np.empty((slots, 1, manifest.vocab_size), dtype=logits_dtype)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._adapted = np.full(slots, BASE)
+        self._bound: dict[tuple[int, int], int] = {}
 
     @property
     def copies(self) -> bool:
@@ -91,6 +95,15 @@ class Decoder:
     def together(self) -> bool:
         """Whether `read_together` can be asked for: padded rows have been verified on the CPU only."""
         return self._cache.in_reach
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names that `adapt` takes besides ""."""
+        return self._adapters.names
+
+    def adapt(self, slot: int, adapter: str) -> None:
+        """What a slot reads from now on is read with this adapter, "" for none. Raises KeyError."""
+        self._adapted[slot] = self._adapters.number(adapter)
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
         """Reads `tokens` at position `start` of a slot; logits [vocabulary] after the last of them."""
@@ -120,6 +133,7 @@ class Decoder:
         binding = self._session.io_binding()
         if self._slices:
             _bind_input(binding, LOGITS_FROM, begin)
+        self._adapters.bind(binding, self._adapted[first : first + len(ids)])
         self._cache.bind(binding, first=first, rows=len(ids))
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)
@@ -166,6 +180,9 @@ class Decoder:
             _bind_input(binding, "input_ids", self._tokens[first:end])
             _bind_output(binding, "logits", self._logits[first:end])
         _bind_input(binding, "attention_mask", mask)
+        adapted = np.full(end - first, BASE)
+        adapted[[slot - first for slot in used]] = self._adapted[used]
+        self._bound[first, end] = self._adapters.bind(binding, adapted, self._bound.get((first, end), BASE))
         self._session.run_with_iobinding(binding)
         self._lengths[used] += 1
         return self._logits[:end, 0]
@@ -180,10 +197,12 @@ class Decoder:
 
         Raises whatever ONNX Runtime does with a graph that is another than the manifest says.
         """
-        self.prefill(0, [self.vocabulary - 1] * min(2, self.context), 0)
-        for length in sorted({min(2, self.context - 1), self.context - 1}):
-            self._lengths[0] = length
-            self.step([0], [self.vocabulary - 1])
+        for adapter in (*self.adapters[:1], ""):  # of the others each shape was compared with the graph
+            self.adapt(0, adapter)
+            self.prefill(0, [self.vocabulary - 1] * min(2, self.context), 0)
+            for length in sorted({min(2, self.context - 1), self.context - 1}):
+                self._lengths[0] = length
+                self.step([0], [self.vocabulary - 1])
         self.release(0)
 
     def release(self, slot: int) -> None:

@@ -25,6 +25,7 @@ from flink_llm.engine.sequence import Sequence
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tokenizer import Tokenizer
 from flink_llm.errors import RecordError
+from flink_llm.names import unknown
 
 CHUNK, CHUNK_LEAST = 512, 16
 """Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
@@ -79,6 +80,10 @@ class Decoding:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
         check(job.work.options)
         check_tokens(job.work.options.logit_bias, self._decoder.vocabulary)
+        if job.work.adapter not in ("", *self._decoder.adapters):
+            raise RecordError(
+                "unknown_adapter", unknown(f"adapter of {self.name}", job.work.adapter, self._decoder.adapters)
+            )
         options, prompt = job.work.options, self._prompt(job.work)
         if options.json_schema or options.regex or options.choices:  # may take seconds: others' tokens must not wait
             self._compiling.put(job, lambda: (prompt, self._grammar(options, len(prompt))))
@@ -89,7 +94,12 @@ class Decoding:
         sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
         sequence.arrived = job.metrics.arrived
         entry = self._scheduler.add(
-            _Generation(job, sequence), prompt, priority=job.work.priority, now=job.metrics.arrived, left=job.left()
+            _Generation(job, sequence),
+            prompt,
+            priority=job.work.priority,
+            now=job.metrics.arrived,
+            left=job.left(),
+            key=job.work.adapter,
         )
         self._entries[id(entry)] = entry
 
@@ -160,7 +170,7 @@ class Decoding:
     def _prefill(self, entry: Entry[_Generation], start: int, count: int, said: Said) -> None:
         began = time.monotonic()
         if start == entry.shared:
-            _begin(entry, began)
+            self._begin(entry, began)
         try:
             logits = self._decoder.prefill(_slot(entry), entry.prompt[start : start + count], start)
         except Exception as error:  # its prompt's, whatever it is: the others go on
@@ -169,9 +179,16 @@ class Decoding:
             self._prompt_token_s = smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
         self._have_read(entry, count, logits, said)
 
+    def _begin(self, entry: Entry[_Generation], at: float) -> None:
+        entry.item.sequence.began = at
+        entry.item.job.metrics.began(at, reused=entry.shared)
+        self._decoder.adapt(_slot(entry), entry.key)
+
     def _prefill_together(self, entries: list[Entry[_Generation]], said: Said) -> None:
         entries = sorted(entries, key=_slot)
         began = time.monotonic()
+        for entry in entries:
+            self._begin(entry, began)
         try:
             logits = self._decoder.read_together(_slot(entries[0]), [entry.prompt for entry in entries])
         except Exception:  # one by one shows whose fault it was
@@ -179,7 +196,6 @@ class Decoding:
                 self._prefill(entry, 0, entry.left, said)
             return
         for entry, row in zip(entries, logits, strict=True):
-            _begin(entry, began)
             self._have_read(entry, entry.left, row, said)
 
     def _have_read(self, entry: Entry[_Generation], count: int, logits: NDArray[np.floating[Any]], said: Said) -> None:
@@ -296,8 +312,3 @@ def _slot(entry: Entry[_Generation]) -> int:
     if entry.slot is None:
         raise RuntimeError("a generation without a slot is to run: this is a bug")
     return entry.slot
-
-
-def _begin(entry: Entry[_Generation], at: float) -> None:
-    entry.item.sequence.began = at
-    entry.item.job.metrics.began(at, reused=entry.shared)

@@ -93,6 +93,8 @@ class Encoding:
         work = job.work
         if work.kind != self._kind:
             raise RecordError("bad_option", f"{self.name} cannot {work.kind}")
+        if work.adapter:
+            raise RecordError("unknown_adapter", f"{self.name} is an encoder: it has no adapters")
         self._check(work)
         query = [work.text or ""] if self._kind == "rerank" else []
         texts = work.documents if self._kind == "rerank" else [work.text or ""]

@@ -4,8 +4,8 @@ Needs the `export` extra (torch, transformers, onnxruntime-genai); nothing else 
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from flink_llm.engine import export_decoder as decoders
 from flink_llm.engine import export_encoder as encoders
 from flink_llm.engine.export_auto import measure_rates
 from flink_llm.engine.export_encoder import Task
+from flink_llm.engine.export_peft import merged, read_peft
 from flink_llm.engine.export_prompts import check_prompts, open_prompts
 from flink_llm.engine.export_source import NEEDS, Source, open_source
 from flink_llm.engine.model import Manifest, ModelFolder, open_model_folder, write_manifest
@@ -37,13 +38,15 @@ Precision = Literal["auto", "fp32", "fp16", "int8", "int4"]
 @dataclass(frozen=True)
 class Order:
     """What is wanted. `task` is an encoder's, None for what its architecture says; `texts` are compared
-    instead of the built-in ones, at most 64 of them."""
+    instead of the built-in ones, at most 64 of them; `adapters` are PEFT's folders by the names that requests
+    choose them by, decoders only."""
 
     name: str
     precision: Precision = "auto"
     task: Task | None = None
     texts: Sequence[str] = ()
     license_name: str = ""
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class _Exporter:
             parity = measure(open_model_folder(folder))
             if fields["precision"] == "int8":
                 parity |= form.said()
-            return _Made(folder, write_manifest(folder, **fields, parity=parity), faults(fields["precision"], parity))
+            return _Made(folder, write_manifest(folder, **fields, parity=parity), _faults(fields["precision"], parity))
         except ModelFolderError as error:
             raise ExportError(str(error)) from error
         except (FlinkLlmError, OSError):
@@ -166,6 +169,16 @@ class _Exporter:
             raise ExportError(f"{self._source.name} was built, and cannot be run: {reason}") from error
 
 
+def _faults(precision: str, parity: Mapping[str, Any]) -> list[str]:
+    """Of the model alone, and of each adapter."""
+    of_adapters = [
+        f"with adapter {name} {fault}"
+        for name, measured in parity.get("adapters", {}).items()
+        for fault in faults(precision, measured)
+    ]
+    return [*faults(precision, parity), *of_adapters]
+
+
 class _DecoderExporter(_Exporter):
     unit = "tokens"
     candidates = ("int8", "int4", "fp32")
@@ -173,20 +186,25 @@ class _DecoderExporter(_Exporter):
 
     def __init__(self, source: Source, order: Order, scratch: Path) -> None:
         super().__init__(source, order, scratch)
-        self._reference: Reference | None = None
+        self._adapters = [read_peft(name, folder) for name, folder in order.adapters.items()]
+        self._references: dict[str, Reference] = {}
 
     def _make(self, precision: str, form: EightBits) -> _Made:
         folder = self._folder(precision, form)
-        fields = decoders.build_decoder(self._source, folder, self._scratch, precision, form)
+        fields = decoders.build_decoder(self._source, folder, self._scratch, precision, form, self._adapters)
         fields |= {"kind": "decoder", "precision": precision}
 
         def measure(opened: ModelFolder) -> dict[str, Any]:
-            return measure_decoder(opened, self._refer(opened), precision)
+            references = self._refer(opened)
+            measured = {name: measure_decoder(opened, each, precision, name) for name, each in references.items()}
+            alone = measured.pop("")
+            return {**alone, "adapters": measured} if measured else alone
 
         return self._finish(folder, fields, form, measure)
 
-    def _refer(self, opened: ModelFolder) -> Reference:
-        if self._reference is None:
+    def _refer(self, opened: ModelFolder) -> dict[str, Reference]:
+        """The original alone, by "", and with each adapter in its weights, by that one's name."""
+        if not self._references:
             import torch
             from transformers import AutoModelForCausalLM
 
@@ -198,8 +216,12 @@ class _DecoderExporter(_Exporter):
                 asked += [prompts.chat([{"role": "user", "content": text}], None) for text in self._texts]
             with encoders.hushed():
                 original = AutoModelForCausalLM.from_pretrained(self._source.folder, dtype=torch.float32).eval()
-            self._reference = refer(original, [tokens for tokens in asked if tokens], plain)
-        return self._reference
+            asked = [tokens for tokens in asked if tokens]
+            self._references[""] = refer(original, asked, plain)
+            for adapter in self._adapters:
+                with merged(original, adapter):
+                    self._references[adapter.name] = refer(original, asked, plain)
+        return self._references
 
 
 class _EncoderExporter(_Exporter):
@@ -228,6 +250,8 @@ def _exporter(source: Source, order: Order, scratch: Path) -> _Exporter:
     is_decoder = source.architecture in decoders.SERVED
     if is_decoder and order.task is not None:
         raise ExportError(f"{source.architecture} is a decoder: it has no task {order.task!r}")
+    if not is_decoder and order.adapters:
+        raise ExportError(f"{source.architecture} is an encoder: it cannot have adapters")
     kinds = decoders.PRECISIONS if is_decoder else encoders.PRECISIONS
     if order.precision not in ("auto", *kinds):
         raise ExportError(f"{source.architecture} is exported in {', '.join(kinds)}, not in {order.precision}")

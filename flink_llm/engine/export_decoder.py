@@ -6,12 +6,15 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flink_llm.engine.export_adapters import add_adapters
 from flink_llm.engine.export_logits import slice_logits
+from flink_llm.engine.export_peft import PeftAdapter
 from flink_llm.engine.export_source import NEEDS, Source
+from flink_llm.engine.model import adapter_file
 from flink_llm.engine.quantize import EightBits, quantize_rows
 from flink_llm.errors import ExportError
 
@@ -30,8 +33,15 @@ _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _building = threading.Lock()
 
 
-def build_decoder(source: Source, made: Path, scratch: Path, precision: str, form: EightBits) -> dict[str, Any]:
-    """Fills the folder `made` with graph, tokenizer and chat template; the fields of its manifest.
+def build_decoder(
+    source: Source,
+    made: Path,
+    scratch: Path,
+    precision: str,
+    form: EightBits,
+    adapters: Sequence[PeftAdapter] = (),
+) -> dict[str, Any]:
+    """Fills the folder `made` with graph, adapters, tokenizer and chat template; the fields of its manifest.
 
     `scratch` keeps what other precisions may use again, `form` is that of int8. Raises ExportError for what
     cannot be built.
@@ -40,12 +50,16 @@ def build_decoder(source: Source, made: Path, scratch: Path, precision: str, for
     built = scratch / f"built-{base}"
     if not built.exists():
         _build(source, built, base)
+        if adapters:
+            add_adapters(built / "model.onnx", adapters, source.config)
     if precision == "int8":
         quantize_rows(built / "model.onnx", made, form)
     else:
         for name in ("model.onnx", "model.onnx.data"):
             if (built / name).exists():
                 shutil.copyfile(built / name, made / name)
+    for adapter in adapters:
+        shutil.copyfile(built / adapter_file(adapter.name), made / adapter_file(adapter.name))
     special = _texts(source, made)
     settings = json.loads((built / "genai_config.json").read_text())["model"]
     ends = settings.get("eos_token_id")
@@ -58,6 +72,7 @@ def build_decoder(source: Source, made: Path, scratch: Path, precision: str, for
         "head_dim": int(source.config.get("head_dim") or source.config["hidden_size"] // heads),
         "eos_token_ids": ends if isinstance(ends, list) else [] if ends is None else [ends],
         "special_tokens": special,
+        "adapters": [adapter.name for adapter in adapters],
     }
 
 

@@ -160,11 +160,13 @@ class Model(Served):
         messages: Sequence[Message | Mapping[str, str]],
         *,
         features: Mapping[str, Any] | None = None,
+        adapter: str = "",
         **choices: Unpack[Choices],
     ) -> "Generation":
         """A reply to a conversation, grounded in `features`, through the model's chat template.
 
-        See `Choices` for the options. Nothing runs before the reply is iterated or awaited, which
+        `adapter` is one of those the model was exported with, "" for none; another is the record's failure
+        `unknown_adapter`. See `Choices` for the options. Nothing runs before the reply is iterated or awaited, which
         raises RecordError, Overloaded or Outage. Raises RecordError for options out of their range.
         """
         plain = [
@@ -172,13 +174,13 @@ class Model(Served):
             for turn in messages
         ]
         given = {name: features[name] for name in features} if features else None
-        generation = self._generation(choices, messages=plain, features=given)
+        generation = self._generation(choices, messages=plain, features=given, adapter=adapter)
         generation.feature_age_s = getattr(features, "age_s", None)
         return generation
 
-    def generate(self, prompt: str, **choices: Unpack[Choices]) -> "Generation":
+    def generate(self, prompt: str, *, adapter: str = "", **choices: Unpack[Choices]) -> "Generation":
         """The continuation of a bare prompt; otherwise as `chat`."""
-        return self._generation(choices, prompt=prompt)
+        return self._generation(choices, prompt=prompt, adapter=adapter)
 
     def _generation(self, choices: Choices, **fields: Any) -> "Generation":
         info = _call_info()

@@ -3,6 +3,7 @@
     model.onnx [model.onnx.data]   the graph
     tokenizer.json                 Hugging Face tokenizers
     chat_template.jinja            decoders only
+    adapter.NAME.safetensors       decoders only, one for each of the manifest's `adapters`
     manifest.json                  what it is, and size and SHA-256 of every other file
 
 Nothing of a folder is used before all of it was read and compared, and what was compared is what is
@@ -26,10 +27,12 @@ MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 MANIFEST_BYTES = 1_000_000
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z"
 
 Size = Annotated[int, Meta(ge=1, le=2**24)]
 """Of a context or a vocabulary. Whether the machine has the memory for it is seen at the load."""
 Count = Annotated[int, Meta(ge=0, le=2**16)]
+AdapterName = Annotated[str, Meta(pattern=ADAPTER_NAME)]
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +43,10 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
-    """What a model is. `parity` holds what its export measured against the original."""
+    """What a model is. `parity` holds what its export measured against the original.
+
+    `adapters` are the names that a request may choose one of, see `engine/adapters.py`.
+    """
 
     format: int
     name: str
@@ -61,6 +67,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     source: str = ""
     license: str = ""
     parity: dict[str, Any] = {}
+    adapters: list[AdapterName] = []
 
 
 class ModelFolder(Struct, frozen=True):
@@ -80,6 +87,11 @@ class ModelFolder(Struct, frozen=True):
             if name in self.files:
                 (copy / name).write_bytes(self.files[name])
         return str(copy / GRAPH)
+
+
+def adapter_file(adapter: str) -> str:
+    """The file in a folder that holds an adapter."""
+    return f"adapter.{adapter}.safetensors"
 
 
 def read_manifest(folder: str | Path, expected: str | None = None) -> tuple[Manifest, str]:

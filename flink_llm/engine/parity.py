@@ -89,9 +89,14 @@ def refer(original: Any, prompts: Sequence[list[int]], texts: Sequence[list[int]
     return Reference(said, texts, float(np.mean(losses)) if losses else 0.0)
 
 
-def measure_decoder(folder: ModelFolder, reference: Reference, precision: str) -> dict[str, Any]:
-    """What the manifest says of a decoder's parity. Raises ExportError for a graph that is none."""
+def measure_decoder(folder: ModelFolder, reference: Reference, precision: str, adapter: str = "") -> dict[str, Any]:
+    """What the manifest says of a decoder's parity, with an adapter or without.
+
+    Raises ExportError for a graph that is none.
+    """
     decoder = open_decoder(folder, SLOTS)
+    for slot in range(SLOTS):
+        decoder.adapt(slot, adapter)
     squares, worst, compared, equal, same, rows = 0.0, 0.0, 0, 0, 0, 0
     for batch in _waves(reference.said):
         found = _along(decoder, [said.prompt for said in batch], [said.tokens for said in batch])

@@ -79,6 +79,7 @@ class Submit(Struct, frozen=True, tag="submit", kw_only=True):
     sent again from sequence 0, and a finished one is answered from memory. `kind` "generate" takes
     `messages` (with `features`) or `prompt`; "embed", "classify" and "tag" take `text`; "rerank" takes a
     query, `text`, and `documents`. `dimensions`: how many of an embedding's are wanted, None for all.
+    `adapter`: the LoRA adapter of the model that generates, "" for none.
     `priority` 0 is served first, 9 last. `deadline`: in how many seconds the client will cancel, as far as
     it knows now, None for never. It is a hint for who is to run and who had better be refused, and ends
     nothing: the client's clock may stand still, and somebody else may have come to listen.
@@ -98,6 +99,7 @@ class Submit(Struct, frozen=True, tag="submit", kw_only=True):
     priority: int = 5
     documents: list[str] = []
     dimensions: int | None = None
+    adapter: str = ""
 
 
 class Cancel(Struct, frozen=True, tag="cancel", kw_only=True):

@@ -193,7 +193,8 @@ def _held(node: ir.Node, number: int) -> tuple[ir.Value | None, bool]:
     if producer is not None and turned:
         value = _value(producer, 0)
     two = value.shape is not None and len(value.shape) == 2
-    return (value if value.is_initializer() and value.dtype == ir.DataType.FLOAT and two else None), turned
+    held = value.is_initializer() and not value.is_graph_input()  # a default may be another matrix in a run
+    return (value if held and value.dtype == ir.DataType.FLOAT and two else None), turned
 
 
 def _value(node: ir.Node, number: int) -> ir.Value:

@@ -39,12 +39,13 @@ def lane_of(priority: int) -> int:
 class Entry(Generic[T]):
     """One request. Of its `prompt` `filled` tokens are in the cache; `slot` None while it waits, given at `began`.
 
-    The first `shared` of them were there before, in the slot `source`.
+    The first `shared` of them were there before, in the slot `source`. `key`: see `Slots`.
     """
 
     item: T
     prompt: Sequence[int]
     rank: tuple[float, int]
+    key: str = ""
     filled: int = 0
     slot: int | None = None
     source: int = 0
@@ -115,8 +116,17 @@ class Scheduler(Generic[T]):
         """Tokens in slots that are busy, or in those that are free and kept for reuse. May be asked by any thread."""
         return self._slots.tokens(busy)
 
-    def add(self, item: T, prompt: Sequence[int], *, priority: int, now: float, left: float | None = None) -> Entry[T]:
-        """Queues a request that arrived at `now` and has `left` seconds, None for ever.
+    def add(
+        self,
+        item: T,
+        prompt: Sequence[int],
+        *,
+        priority: int,
+        now: float,
+        left: float | None = None,
+        key: str = "",
+    ) -> Entry[T]:
+        """Queues a request that arrived at `now` and has `left` seconds, None for ever; what is shared has its `key`.
 
         Raises Overloaded, with a time to come again, when `limit` wait already, or when its wait for a slot
         is known to be longer than what is left. While a slot is free nobody is refused.
@@ -126,7 +136,7 @@ class Scheduler(Generic[T]):
         free = self._slots.free
         self._pace.admit(ahead + 1 - free, left, full=len(self._queue) - free >= self._limit)
         self._arrivals += 1
-        entry = Entry(item, prompt, rank)
+        entry = Entry(item, prompt, rank, key)
         self._queue.insert(ahead, entry)
         return entry
 
@@ -192,7 +202,7 @@ class Scheduler(Generic[T]):
         while self._slots.free and self._queue:
             best = self._queue.pop(0)
             best.began = self._clock()
-            best.slot, best.shared, best.source = self._slots.take(best.prompt)
+            best.slot, best.shared, best.source = self._slots.take(best.prompt, best.key)
             best.filled = best.shared
             self._running.append(best)
             if best.shared:

@@ -26,6 +26,7 @@ class Placement(NamedTuple):
 @dataclass
 class _Slot:
     held: list[int] = field(default_factory=list)
+    key: str = ""
     busy: bool = False
     used: int = 0
 
@@ -34,6 +35,7 @@ class Slots:
     """`count` slots. `copies` says that what one holds can be copied to another.
 
     Busy slots are kept close together, since a step runs over all rows from the first to the last of them.
+    A prompt has a `key`, what besides its tokens decides what is held: nothing is shared across keys.
     """
 
     def __init__(self, count: int, *, copies: bool = True) -> None:
@@ -55,9 +57,9 @@ class Slots:
         """How many tokens the busy slots hold, or the free ones."""
         return sum(len(slot.held) for slot in self._slots if slot.busy == busy)
 
-    def take(self, prompt: Sequence[int]) -> Placement:
+    def take(self, prompt: Sequence[int], key: str = "") -> Placement:
         """A slot for a prompt. At least the prompt's last token is left to be read. Raises IndexError when full."""
-        source, shared = self._longest(prompt)
+        source, shared = self._longest(prompt, key)
         whole = not self._slots[source].busy and shared >= OWN_SHARE * len(self._slots[source].held)
         if shared < SHARED_LEAST:
             slot, shared = self._best(), 0
@@ -68,7 +70,7 @@ class Slots:
         else:
             slot, shared = self._best(), 0
         found = self._slots[slot]
-        found.held = list(prompt[:shared])
+        found.held, found.key = list(prompt[:shared]), key
         found.busy = True
         self._busy.add(slot)
         return Placement(slot, shared, source if shared else slot)
@@ -86,11 +88,11 @@ class Slots:
         if not keep:
             found.held = []
 
-    def _longest(self, prompt: Sequence[int]) -> tuple[int, int]:
+    def _longest(self, prompt: Sequence[int], key: str) -> tuple[int, int]:
         """The slot that holds the longest beginning of the prompt, a free one before a busy one."""
         best, longest = 0, -1
         for number, slot in enumerate(self._slots):
-            shared = min(_shared(slot.held, prompt), len(prompt) - 1)
+            shared = min(_shared(slot.held, prompt), len(prompt) - 1) if slot.key == key else 0
             if (shared, not slot.busy) > (longest, longest >= 0 and not self._slots[best].busy):
                 best, longest = number, shared
         return best, longest

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flink_llm.engine.model import Manifest
+from flink_llm.engine.model import Manifest, adapter_file
 from flink_llm.engine.protocol import Loaded
 from flink_llm.engine.work import Backend
 from flink_llm.errors import ModelFolderError, Outage
@@ -141,9 +141,12 @@ def to_leave(idle: Sequence[int], missing: int) -> int | None:
 def needed_bytes(manifest: Manifest, slots: int) -> int:
     """The memory that a model takes: its files, and a decoder's KV cache for `slots` generations.
 
+    Adapters are held each alone and all side by side, and so reckoned twice.
+
     What a run needs besides, its activations, is not in it: leave room for that beside `host.memory_mb`.
     """
     files = sum(entry.bytes for entry in manifest.files.values())
+    files += sum(manifest.files[name].bytes for name in map(adapter_file, manifest.adapters) if name in manifest.files)
     place = 2 if manifest.precision == "fp16" else 4
     tokens = slots * manifest.context_length
     return files + 2 * manifest.num_layers * manifest.num_kv_heads * manifest.head_dim * tokens * place

@@ -28,6 +28,11 @@ def table(path: str | Path, slots: int) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     together = sum(needed_bytes(folder.manifest, slots) for _, folder in found)
+    lines += [
+        f"{Path(version.folder).name} has the adapters {', '.join(folder.manifest.adapters)}"
+        for version, folder in found
+        if folder.manifest.adapters
+    ]
     return [*lines, f"{-(-together // MB)} MB together, for {slots} generations at once"]
 
 
