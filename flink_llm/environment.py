@@ -4,13 +4,16 @@
 says what is wrong with an environment that somebody else has made.
 """
 
+import functools
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from pyflink.common import Configuration
 from pyflink.datastream import CheckpointingMode, StreamExecutionEnvironment
+from pyflink.java_gateway import get_gateway
 
 from flink_llm.errors import ConfigError
 from flink_llm.flink_settings import FlinkSettings
@@ -90,8 +93,9 @@ def environment(properties: dict[str, str] | None = None, *, kafka: bool = True)
     """The cluster a job is submitted to, or else a mini-cluster in this process.
 
     On the mini-cluster Python runs in processes of its own, as it does on a cluster, the connector jar is
-    fetched if need be unless `kafka` is off, and what the job fails of is told on stderr. Raises LocalError:
-    no Java that Flink runs on, no connector jar; ConfigError: `rest.port` is no number.
+    fetched if need be unless `kafka` is off, checkpoints lie in a temporary folder unless `configure` or
+    `properties` name another, and what the job fails of is told on stderr. Raises LocalError: no Java that
+    Flink runs on, no connector jar; ConfigError: `rest.port` is no number.
     """
     local = not submitted()
     if local:
@@ -103,11 +107,24 @@ def environment(properties: dict[str, str] | None = None, *, kafka: bool = True)
         if kafka:
             configuration.set_string("pipeline.jars", jars.connector_jar().as_uri())
         configuration.set_string("taskmanager.memory.managed.size", "512m")
+        # What the job manager would keep instead may be 5 MB of each operator: a few large records in flight.
+        configuration.set_string("execution.checkpointing.storage", "filesystem")
+        configuration.set_string("execution.checkpointing.dir", _checkpoints())
         properties = {"rest.port": str(processes.free_port()), **(properties or {})}
         failures.watch(_number("rest.port", properties["rest.port"]))
     for name, value in (properties or {}).items():
         configuration.set_string(name, value)
     return StreamExecutionEnvironment.get_execution_environment(configuration)
+
+
+@functools.cache
+def _checkpoints() -> str:
+    """A temporary folder, deleted when Java ends: Flink's own kind, since a signal ends Python without a word."""
+    gateway = get_gateway()
+    folders = gateway.new_array(gateway.jvm.String, 1)
+    folders[0] = tempfile.gettempdir()
+    manager = gateway.jvm.org.apache.flink.runtime.io.disk.FileChannelManagerImpl(folders, "checkpoints")
+    return str(manager.getPaths()[0].toURI())
 
 
 def _number(key: str, value: str) -> int:

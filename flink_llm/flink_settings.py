@@ -12,8 +12,9 @@ class FlinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """`expected_rate` is completions a second and subtask, where it is known: it sizes the bundles.
 
     `properties` are Flink options, set as they are. `checkpoint_dir` is a folder or a URL that Flink can
-    write to (`s3://bucket/path`); without it checkpoints are kept by the job manager: they survive a
-    failure of the job, not of the cluster.
+    write to (`s3://bucket/path`); without it a cluster keeps checkpoints where its own configuration says,
+    by default in the job manager: they survive a failure of the job, not of the cluster, and an operator's
+    may have 5 MB, which a few large records in flight exceed.
     """
 
     parallelism: Annotated[int, Meta(ge=1)] = 1

@@ -106,6 +106,13 @@ def test_a_repository_that_holds_its_own_state_is_used_where_it_is(job, tmp_path
     assert any(str(tmp_path / "repo") in note for note in packed.notes)
 
 
+@pytest.mark.parametrize(("given", "told"), [("checkpoint_dir: checkpoints, ", 0), ("", 1)])
+def test_checkpoints_without_a_folder_of_the_jobs_are_told_of(given, told, job, tmp_path):
+    job.write_text(JOB.replace("checkpoint_dir: checkpoints, ", given))
+    notes = pack(job, tmp_path / "packed", {}).notes
+    assert len([note for note in notes if "flink.checkpoint_dir names a folder" in note]) == told
+
+
 def test_a_secret_that_is_written_out_is_kept_private_and_named(job, tmp_path):
     job.write_text(JOB.replace("${PASSWORD}", "hunter"))
     packed = pack(job, tmp_path / "packed", {})

@@ -102,6 +102,11 @@ def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], need
     notes.append(f"requirements.txt takes ONNX Runtime as {runtime}, {kept}; --flavour chooses between cpu and gpu")
     if script is None and not shutil.which("flink"):
         notes.append("there is no `flink` here: the one in the line is your cluster's")
+    if settings.flink.checkpoint_dir is None:
+        notes.append(
+            "checkpoints lie where the cluster's execution.checkpointing.dir says, without it in the job manager, that "
+            "takes 5 MB of an operator: a few large records in flight are more; flink.checkpoint_dir names a folder"
+        )
     if settings.features is not None:
         where = settings.features.state or settings.features.repo
         notes.append(f"features: registry and online store ({where} if they are files) must be reachable everywhere")

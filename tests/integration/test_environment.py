@@ -1,5 +1,9 @@
 """Environments that somebody else has made, and what an operator asks of them, on a real Java."""
 
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import yaml
 from pyflink.common import Row
@@ -9,6 +13,7 @@ from flink_llm.errors import ConfigError
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.handler import AsyncUdf
 from flink_llm.jobs import edges
+from flink_llm.local import processes
 from flink_llm.udfs.async_operator import apply
 
 SIZE, TIME = environment.BUNDLE_SIZE, environment.BUNDLE_TIME
@@ -43,6 +48,40 @@ def test_what_is_configured_here_is_good():
 def test_what_would_make_an_operator_wait_is_refused(env, words):
     with pytest.raises(ConfigError, match=words):
         environment.check(env(), 256)
+
+
+def checkpoints(env):
+    configuration = env._j_stream_execution_environment.getConfiguration()
+    return [configuration.getString(f"execution.checkpointing.{name}", "") for name in ("storage", "dir")]
+
+
+def test_checkpoints_of_a_mini_cluster_are_files_unless_it_is_told_otherwise(tmp_path):
+    storage, folder = checkpoints(made())
+    assert (storage, Path(folder.removeprefix("file:")).is_dir()) == ("filesystem", True)
+    env = environment.environment()
+    environment.configure(env, FlinkSettings(checkpoint_dir=str(tmp_path)))
+    assert checkpoints(env) == ["filesystem", tmp_path.as_uri()]
+    assert checkpoints(environment.environment({"execution.checkpointing.storage": "jobmanager"}))[0] == "jobmanager"
+
+
+BEGUN = """
+import time
+from flink_llm import environment
+print(environment._checkpoints(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_mini_cluster_that_is_ended_by_a_signal_leaves_no_checkpoints(tmp_path):
+    said = tmp_path / "said"
+    started = processes.start([sys.executable, "-c", BEGUN], said)
+    deadline = time.monotonic() + 60
+    while not said.read_text().endswith("/\n") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    folder = Path(said.read_text().strip().removeprefix("file:"))
+    assert folder.is_dir()
+    processes.stop(started)
+    assert not folder.exists()
 
 
 class Echo(AsyncUdf):
