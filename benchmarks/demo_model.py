@@ -5,9 +5,8 @@ models/training/dialogues.py. Each is a request to `Generate` with the `chat` se
 jobs/llm_inference.yaml, features and all, and the shipped quantised folder answers, greedily. An order is
 looked up by the number that the job finds in the question, and a wrong number finds none, as in the store.
 
-`order_found` is how often the job's pattern finds the right number: some dialogues' numbers are longer than it
-takes, or stand behind another. Only the others can show whether an answer is grounded; a refusal is right
-either way. `refused_seeds` are the shares of refusals among dialogues that other seeds make.
+`order_found` is how often the job's pattern finds the right number in the question: where it does not, no
+answer can be grounded. `refused_seeds` are the shares of refusals among dialogues that other seeds make.
 """
 
 import argparse
@@ -92,15 +91,6 @@ def finds_order(dialogue: Dialogue) -> bool:
     return found is not None and found[1] == dialogue.features["order_id"]
 
 
-def chosen(count: int) -> tuple[dict[str, list[Dialogue]], float]:
-    """As many dialogues as asked for, and `order_found`."""
-    made, wanted = dialogues(2 * count), {name: len(each) for name, each in dialogues(count).items()}
-    about = {name: made[name] for name in ("grounded", "grounded_long")}
-    found = {name: [each for each in asked if finds_order(each)] for name, asked in about.items()}
-    share = sum(map(len, found.values())) / sum(map(len, about.values()))
-    return {name: (made | found)[name][:size] for name, size in wanted.items()}, share
-
-
 def answers(folder: Path, asked: Sequence[Dialogue]) -> list[dict[str, Any]]:
     """The job's outcome for each dialogue, as it would stand in Kafka. A failure is one without `text`."""
     chat = msgspec.structs.replace(
@@ -119,7 +109,9 @@ def answers(folder: Path, asked: Sequence[Dialogue]) -> list[dict[str, Any]]:
 
 def measure(folder: Path, count: int, show: int) -> dict[str, Any]:
     """Shares of right answers; `show` prints so many wrong ones."""
-    taken, share = chosen(count)
+    taken = dialogues(count)
+    about = [*taken["grounded"], *taken["grounded_long"]]
+    share = sum(map(finds_order, about)) / len(about)
     result: dict[str, Any] = {"dialogues": sum(map(len, taken.values())), "order_found": round(share, 4)}
     for name, asked in taken.items():
         found = answers(folder, asked)
