@@ -20,7 +20,7 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value))}]"
-    return "none" if value is None else str(value)
+    return "none" if value in (None, "") else str(value)
 
 
 def default(field: msgspec.structs.FieldInfo) -> str:
