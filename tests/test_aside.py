@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flink_llm.engine import decoding
+from flink_llm.engine import preparing
 from flink_llm.engine.aside import Aside
 from flink_llm.engine.job import Job
 from flink_llm.engine.metrics import Metrics
@@ -160,8 +160,8 @@ def generated(stage: Stage) -> float:
 
 
 def test_others_generate_while_a_grammar_is_compiled(folder: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = decoding.definition
-    monkeypatch.setattr(decoding, "definition", lambda *given: gate() and compiled(*given))
+    compiled = preparing.definition
+    monkeypatch.setattr(preparing, "definition", lambda *given: gate() and compiled(*given))
     stage = Stage(folder)
     stage.add(max_tokens=20)
     asks, leaves, nonsense = (
@@ -193,7 +193,7 @@ def test_others_generate_while_a_grammar_is_compiled(folder: Path, gate: Gate, m
 def test_work_that_is_dropped_includes_what_is_compiled(
     folder: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "definition", gate)
+    monkeypatch.setattr(preparing, "definition", gate)
     stage = Stage(folder)
     compiled, runs = stage.add(choices=CHOICES), stage.add()
     assert set(stage.model.drop()) == {compiled, runs}

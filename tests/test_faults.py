@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 
 from flink_llm.engine import engine as engine_module
+from flink_llm.engine.decoding import Decoding
 from flink_llm.engine.engine import TAKEN_PER_STEP, OnnxBackend
 from flink_llm.engine.faults import LONGEST, fault_of, lacks_memory
 from flink_llm.engine.generation import Model
+from flink_llm.engine.preparing import LONG, Preparing
 from flink_llm.engine.protocol import Done, Event, Fault, Options, Submit
 from flink_llm.engine.readers import Embedder
 from flink_llm.engine.sequence import Sequence
@@ -123,14 +126,14 @@ def test_a_model_without_a_template_says_so(folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("error", [KeyError("x"), SystemExit(1)], ids=["error", "panic"])
 def test_whatever_taking_in_raises_is_that_works_end(folder: Path, error: BaseException) -> None:
     async def case(stage: Stage) -> None:
-        encode = stage.served._prompts.text
+        encode = stage.served._preparing.prompts.text
 
         def text(prompt: str) -> list[int]:
             if prompt == "poison":
                 raise error
             return list(encode(prompt))
 
-        stage.served._prompts.text = text
+        stage.served._preparing.prompts.text = text
         found = await asyncio.gather(
             outcome(stage.model.generate("poison")), *(stage.model.generate("good", max_tokens=3) for _ in range(3))
         )
@@ -170,7 +173,8 @@ def test_a_huge_text_is_refused_before_it_is_tokenised(folder: Path, embedding: 
         return Watched()
 
     def watch(stage: Stage) -> None:
-        tokenizer = stage.served._tokenizer
+        served = stage.served
+        tokenizer = served._preparing.tokenizer if isinstance(served, Decoding) else served._tokenizer
         for name in ("_text", "_later", "_template"):
             setattr(tokenizer, name, watched(getattr(tokenizer, name)))
 
@@ -226,7 +230,7 @@ def poisoned(run: Any, poison: int, error: Exception) -> Any:
 def test_a_failing_prefill_fails_alone(folder: Path) -> None:
     async def case(stage: Stage) -> None:
         decoder = stage.served._decoder
-        poison = stage.served._tokenizer.encode_text("!")[0]
+        poison = stage.served._preparing.tokenizer.encode_text("!")[0]
         decoder.prefill = poisoned(decoder.prefill, poison, RuntimeError("out of bounds"))
         decoder.read_together = poisoned(decoder.read_together, poison, RuntimeError("out of bounds"))
         goods = [stage.model.generate("good", max_tokens=20) for _ in range(3)]
@@ -253,7 +257,7 @@ def test_a_failing_decode_step_costs_who_made_it_fail(folder: Path, error: Excep
         decoder = stage.served._decoder
         bad = stage.model.generate("bad", max_tokens=40)
         first = (await stage.submit("bad", name="first", max_tokens=1)).text  # type: ignore[union-attr]
-        poison = stage.served._tokenizer.encode_text(first)[0]
+        poison = stage.served._preparing.tokenizer.encode_text(first)[0]
         decoder.step = poisoned(decoder.step, poison, error)
         goods = [stage.model.generate(f"good {n}", max_tokens=12) for n in range(3)]
         found = await asyncio.gather(outcome(bad), *(outcome(good) for good in goods))
@@ -473,5 +477,25 @@ def test_taking_in_has_a_limit_in_time(folder: Path, monkeypatch: pytest.MonkeyP
         stage.served.step = lambda said: per_step.append(len(added)) or added.clear() or step(said)
         await asyncio.gather(*(stage.submit("x", name=str(n), max_tokens=1) for n in range(20)))
         assert max(per_step) == 1
+
+    run(folder, case)
+
+
+def test_a_long_prompt_is_prepared_beside_the_steps_of_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it says that a prompt is too long it says so, wherever it was prepared."""
+    threads: set[str] = set()
+    prepare = Preparing.prepare
+
+    def watched(self: Preparing, work: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return prepare(self, work)
+
+    monkeypatch.setattr(Preparing, "prepare", watched)
+
+    async def case(stage: Stage) -> None:
+        assert await outcome(stage.model.generate("x" * (LONG + 1))) == "context_overflow"
+        assert threads == {"flink-llm aside"}
+        assert (await stage.model.generate("short", max_tokens=2)).usage.completion_tokens == 2
+        assert threads == {"flink-llm aside", "flink-llm engine"}
 
     run(folder, case)

@@ -9,23 +9,17 @@ from numpy.typing import NDArray
 
 from flink_llm.engine.aside import Aside
 from flink_llm.engine.decoder import Decoder
-from flink_llm.engine.grammar import Grammar, Grammars, definition
 from flink_llm.engine.job import Job, Said
 from flink_llm.engine.lookup import GUESS, Costs, Lookup, Payoff
 from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
-from flink_llm.engine.options import check
 from flink_llm.engine.pace import smoothed
-from flink_llm.engine.penalties import check_tokens
-from flink_llm.engine.prompts import Prompts
-from flink_llm.engine.protocol import Options, Submit
+from flink_llm.engine.preparing import Prepared, Preparing
 from flink_llm.engine.sampling import sample
 from flink_llm.engine.scheduler import Entry, Scheduler
 from flink_llm.engine.sequence import Sequence
 from flink_llm.engine.settings import HostSettings
-from flink_llm.engine.tokenizer import Tokenizer
 from flink_llm.errors import RecordError
-from flink_llm.names import unknown
 
 CHUNK, CHUNK_LEAST = 512, 16
 """Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
@@ -50,13 +44,8 @@ class Decoding:
         manifest = folder.manifest
         self.name = manifest.name
         self.metrics = metrics
-        self._tokenizer_file = folder.files["tokenizer.json"]
-        self._tokenizer = Tokenizer(self._tokenizer_file, manifest.vocab_size)
-        self._grammars: Grammars | None = None
-        self._compiling: Aside[tuple[list[int], Grammar | None]] = Aside(settings.queue)
-        template = folder.files.get("chat_template.jinja")
-        self._prompts = Prompts(template, self._tokenizer, manifest.special_tokens, manifest.context_length)
-        self._ends = frozenset(manifest.eos_token_ids)
+        self._preparing = Preparing(folder)
+        self._aside: Aside[Prepared] = Aside(settings.queue)
         self._context = manifest.context_length
         self._decoder = Decoder(folder, device=device, threads=settings.threads, slots=settings.slots)
         self._decoder.warm_up()
@@ -78,24 +67,20 @@ class Decoding:
 
     def add(self, job: Job) -> None:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
-        check(job.work.options)
-        check_tokens(job.work.options.logit_bias, self._decoder.vocabulary)
-        if job.work.adapter not in ("", *self._decoder.adapters):
-            raise RecordError(
-                "unknown_adapter", unknown(f"adapter of {self.name}", job.work.adapter, self._decoder.adapters)
-            )
-        options, prompt = job.work.options, self._prompt(job.work)
-        if options.json_schema or options.regex or options.choices:  # may take seconds: others' tokens must not wait
-            self._compiling.put(job, lambda: (prompt, self._grammar(options, len(prompt))))
+        work = job.work
+        self._preparing.check(work)
+        if self._preparing.takes_long(work):
+            self._aside.put(job, lambda: self._preparing.prepare(work))
         else:
-            self._enqueue(job, prompt, None)
+            self._enqueue(job, self._preparing.prepare(work))
 
-    def _enqueue(self, job: Job, prompt: list[int], grammar: Grammar | None) -> None:
-        sequence = Sequence(prompt, job.work.options, job.generation, self._tokenizer, self._ends, grammar)
+    def _enqueue(self, job: Job, made: Prepared) -> None:
+        tokenizer, ends = self._preparing.tokenizer, self._preparing.ends
+        sequence = Sequence(made.prompt, job.work.options, job.generation, tokenizer, ends, made.grammar)
         sequence.arrived = job.metrics.arrived
         entry = self._scheduler.add(
             _Generation(job, sequence),
-            prompt,
+            made.prompt,
             priority=job.work.priority,
             now=job.metrics.arrived,
             left=job.left(),
@@ -105,7 +90,7 @@ class Decoding:
 
     def step(self, said: Said) -> bool:
         """See `ServedModel.step`."""
-        self._take_compiled(said)
+        self._take_prepared(said)
         for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
             entry.item.job.leave()
             self._leave(entry)
@@ -120,12 +105,12 @@ class Decoding:
             self._go_on(plan.decode, said)
         return bool(plan.prefill or plan.decode)
 
-    def _take_compiled(self, said: Said) -> None:
-        for job, made in self._compiling.take():
+    def _take_prepared(self, said: Said) -> None:
+        for job, made in self._aside.take():
             try:
                 if isinstance(made, BaseException):
                     raise made
-                self._enqueue(job, *made)
+                self._enqueue(job, made)
             except BaseException as error:  # a panic of llguidance is no Exception
                 job.fail(error, said)
 
@@ -139,33 +124,7 @@ class Decoding:
         """See `ServedModel.drop`."""
         entries, self._entries = self._entries, {}
         self._scheduler = self._new_scheduler()
-        return [*self._compiling.drop(), *(entry.item.job for entry in entries.values())]
-
-    def _prompt(self, work: Submit) -> list[int]:
-        if work.kind != "generate":
-            raise RecordError("bad_option", f"{self.name} generates, it cannot {work.kind}")
-        tokens = (
-            self._prompts.chat(work.messages, work.features)
-            if work.messages is not None
-            else self._prompts.text(work.prompt or "")
-        )
-        if not tokens:
-            raise RecordError("empty_text", "the prompt has no tokens")
-        if len(tokens) >= self._context:
-            raise RecordError(
-                "context_overflow", f"the prompt has {len(tokens)} tokens, the model's context {self._context}"
-            )
-        return tokens
-
-    def _grammar(self, options: Options, prompt: int) -> Grammar | None:
-        wanted = definition(options.json_schema, options.regex, options.choices)
-        if wanted is None:
-            return None
-        if not self._ends:
-            raise RecordError("bad_option", f"{self.name} has no end mark: what it says cannot be constrained")
-        if self._grammars is None:
-            self._grammars = Grammars(self._tokenizer_file, self._decoder.vocabulary, sorted(self._ends))
-        return self._grammars.grammar(wanted, min(options.max_tokens, self._context - prompt))
+        return [*self._aside.drop(), *(entry.item.job for entry in entries.values())]
 
     def _prefill(self, entry: Entry[_Generation], start: int, count: int, said: Said) -> None:
         began = time.monotonic()
