@@ -2,16 +2,16 @@
 
 A graph that was exported with adapters has a branch beside each product that one of them changes:
 
-    x ──┬── product ────────────────────────────── Add ── y
-        └── MatMul A ── Where rows ── MatMul B ─────┘
+    x ──┬── product ───────────────────────────┬── If on ── y
+        └── MatMul A ── Where rows ── MatMul B ─┴── Add ──┘
 
-A [inputs, rank] and B [rank, outputs] are inputs whose defaults add nothing. In a run of one adapter they are
-that one's, in a run of several all adapters' side by side, and `rows` [rows, 1, rank] says which columns are
-a row's own: whoever shares a run shares the product, which is the dear part. A row without an adapter gets
-zeros that are zeros whatever the others compute.
+A [inputs, rank] and B [rank, outputs] are inputs. In a run of one adapter they are that one's, in a run of
+several all adapters' side by side, and `rows` [rows, 1, rank] says which columns are a row's own: whoever
+shares a run shares the product, which is the dear part. A row without an adapter gets zeros that are zeros
+whatever the others compute. By default `on` is false and the branch is not computed.
 
 A branch's inputs are `adapter.GROUP.PRODUCT.A` and `.B`; branches whose adapters have the same ranks are a
-group, and share `adapter.GROUP.rows`. An adapter's file has the tensors `PRODUCT.A` and `PRODUCT.B`.
+group, and share `adapter.GROUP.on` and `.rows`. An adapter's file has the tensors `PRODUCT.A` and `PRODUCT.B`.
 """
 
 import re
@@ -30,7 +30,6 @@ BASE = 0
 _ALL = -1
 _INPUT = re.compile(r"adapter\.(\d+)\.(.+)\.A")
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-_Matrices = dict[str, ort.OrtValue]
 
 
 class Adapters:
@@ -44,8 +43,8 @@ class Adapters:
         self._numbers = {name: number for number, name in enumerate(("", *self.names))}
         self._device, _, number = device.partition(":")
         self._device_id = int(number or 0)
-        self._matrices: dict[int, _Matrices] = {}
-        self._owners: dict[str, NDArray[np.int64]] = {}
+        self._values: dict[int, dict[str, ort.OrtValue]] = {}
+        self._owners: dict[int, dict[str, NDArray[np.int64]]] = {}
         self._rows: list[ort.OrtValue] = []
         if self.names:
             self._read(folder, session)
@@ -62,11 +61,10 @@ class Adapters:
         used = np.unique(rows[rows != BASE])
         need = BASE if not len(used) else int(used[0]) if len(used) == 1 else _ALL
         if need != bound:
-            for name, value in self._matrices[need].items():
+            for name, value in self._values[need].items():
                 binding.bind_ortvalue_input(name, value)
         if need != BASE:
-            column = rows.reshape(-1, 1, 1)
-            owners = dict.fromkeys(self._owners, np.array([need])) if need != _ALL else self._owners
+            column, owners = rows.reshape(-1, 1, 1), self._owners[need]
             masks = {name: ort.OrtValue.ortvalue_from_numpy(column == owner) for name, owner in owners.items()}
             for name, value in masks.items():
                 binding.bind_ortvalue_input(name, value)
@@ -82,40 +80,39 @@ class Adapters:
             if surplus or not tensors:
                 what = f"changes {surplus[0]}, of which the graph has no branch" if surplus else "changes nothing"
                 raise ModelFolderError(f"{folder.manifest.name}: the adapter {name} {what}")
-        self._matrices = {number: {} for number in (_ALL, *range(len(files) + 1))}
+        self._values = {number: {} for number in (BASE, _ALL, *self._numbers.values())}
+        self._owners = {number: {} for number in self._values}
         for product, group in branches.items():
-            a, b, rows = (f"adapter.{group}.{part}" for part in (f"{product}.A", f"{product}.B", "rows"))
-            if b not in inputs or rows not in inputs:
+            a, b, on, rows = (f"adapter.{group}.{part}" for part in (f"{product}.A", f"{product}.B", "on", "rows"))
+            if not {b, on, rows} <= set(inputs):
                 raise ModelFolderError(f"{folder.manifest.name}: the graph's branch at {product} is half there")
             pairs = [
                 _pair(f"{folder.manifest.name}: the adapter {name}", tensors, product, inputs[a], inputs[b])
                 for name, tensors in zip(self.names, files, strict=True)
             ]
             owner = np.repeat(np.arange(1, len(pairs) + 1), [len(below) for _, below in pairs])
-            if not np.array_equal(self._owners.setdefault(rows, owner), owner):
+            if not np.array_equal(self._owners[_ALL].setdefault(rows, owner), owner):
                 raise ModelFolderError(
                     f"{folder.manifest.name}: adapters have other ranks at {product} than in its group"
                 )
-            self._keep(a, b, pairs)
-        for rows in self._owners:
-            self._matrices[BASE][rows] = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, 1), dtype=bool))
-
-    def _keep(self, a: str, b: str, pairs: list[tuple[Array, Array]]) -> None:
-        """Puts a branch's matrices where runs find them: none, each adapter's, all side by side."""
-        none = (
-            np.zeros_like(pairs[0][0], shape=(len(pairs[0][0]), 1)),
-            np.zeros_like(pairs[0][1], shape=(1, pairs[0][1].shape[1])),
-        )
-        every = np.concatenate([left for left, _ in pairs], axis=1), np.concatenate([below for _, below in pairs])
-        sets = {BASE: none, _ALL: every, **dict(enumerate(pairs, 1))}
-        for number, (left, below) in sets.items():
-            if not len(below):  # an adapter that leaves this product alone
-                left, below = none
-            self._matrices[number][a] = self._value(left)
-            self._matrices[number][b] = self._value(below)
+            left, below = (
+                np.concatenate(each, axis=axis) for each, axis in zip(zip(*pairs, strict=True), (1, 0), strict=True)
+            )
+            for number, pair in enumerate(((left, below), *pairs)):
+                if len(pair[1]):
+                    self._values[number or _ALL] |= {a: self._value(pair[0]), b: self._value(pair[1])}
+                    self._values[number or _ALL][on] = _switch(True)
+                    self._owners[number or _ALL].setdefault(rows, np.array([number]))
+        for values in self._values.values():
+            for rows in self._owners[_ALL]:
+                values.setdefault(rows.replace("rows", "on"), _switch(False))
 
     def _value(self, array: Array) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, self._device_id)
+
+
+def _switch(on: bool) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.array([on]))
 
 
 def _tensors(folder: ModelFolder, adapter: str) -> dict[str, Array]:

@@ -6,7 +6,7 @@ those of all its parts side by side.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,14 @@ class Branches:
     def add(self, ranks: dict[str, tuple[int, ...]]) -> None:
         """Adds a branch to each of these products; `ranks`, of each adapter there, are a group of their own."""
         groups: dict[tuple[int, ...], int] = {}
-        rows: dict[int, ir.Value] = {}
+        switches: dict[int, tuple[ir.Value, ir.Value]] = {}
         for product in sorted(ranks):
             group = groups.setdefault(ranks[product], len(groups))
-            if group not in rows:
-                rows[group] = self._default(
-                    f"adapter.{group}.rows", np.zeros((1, 1, 1), bool), ["rows", 1, f"rank_{group}"]
-                )
-            self._branch(product, group, rows[group])
+            if group not in switches:
+                on = self._default(f"adapter.{group}.on", np.array([False]), [1])
+                rows = self._default(f"adapter.{group}.rows", np.zeros((1, 1, 1), bool), ["rows", 1, f"rank_{group}"])
+                switches[group] = on, rows
+            self._branch(product, group, *switches[group])
 
     def _places(self, room: str, parts: Sequence[str], rows: Sequence[int]) -> list[tuple[str, int, int, int]]:
         """Of a module's rows: the product they are in, from which to which, and at which of its columns they begin.
@@ -125,22 +125,28 @@ class Branches:
             begin += count
         return found
 
-    def _branch(self, product: str, group: int, rows: ir.Value) -> None:
+    def _branch(self, product: str, group: int, on: ir.Value, rows: ir.Value) -> None:
         there = self._products[product]
-        kind = self._type.numpy()
-        rank = f"rank_{group}"
+        kind, rank, name = self._type.numpy(), f"rank_{group}", f"adapter/{product}"
         a = self._default(f"adapter.{group}.{product}.A", np.zeros((there.inputs, 1), kind), [there.inputs, rank])
         b = self._default(f"adapter.{group}.{product}.B", np.zeros((1, there.outputs), kind), [rank, there.outputs])
-        name = f"adapter/{product}"
-        read = ir.node("MatMul", [there.node.inputs[0], a], name=f"{name}/A")
-        own = ir.node("Where", [rows, read.outputs[0], self._zero()], name=f"{name}/rows")
-        told = ir.node("MatMul", [own.outputs[0], b], name=f"{name}/B")
-        old = there.node.outputs[0]
-        both = ir.node("Add", [old, told.outputs[0]], name=f"{name}/Add")
-        both.outputs[0].shape, both.outputs[0].type = old.shape, old.type
-        old.replace_all_uses_with(both.outputs[0])
-        both.replace_input_with(0, old)
-        self._graph.insert_after(there.node, [read, own, told, both])
+        alone = there.node.outputs[0]
+        uses = list(alone.uses())
+        read = _node("MatMul", [there.node.inputs[0], a], f"{name}/A")
+        own = _node("Where", [rows, read.outputs[0], self._zero()], f"{name}/rows")
+        told = _node("MatMul", [own.outputs[0], b], f"{name}/B")
+        both = _node("Add", [alone, told.outputs[0]], f"{name}/Add")
+        same = _node("Identity", [alone], f"{name}/same")
+        branches = {
+            "then_branch": ir.Graph([], both.outputs, nodes=[read, own, told, both], name=f"{name}/with"),
+            "else_branch": ir.Graph([], same.outputs, nodes=[same], name=f"{name}/without"),
+        }
+        chosen = _node("If", [on], f"{name}/If", branches)
+        for value in (both.outputs[0], same.outputs[0], chosen.outputs[0]):
+            value.shape, value.type = alone.shape, alone.type
+        for user, number in uses:
+            user.replace_input_with(number, chosen.outputs[0])
+        self._graph.insert_after(there.node, chosen)
 
     def _default(self, name: str, array: NDArray[np.generic], shape: Sequence[int | str]) -> ir.Value:
         """An input that has a value of its own by default, of rank 1 where a run's may have another."""
@@ -178,6 +184,15 @@ def add_adapters(path: Path, adapters: Sequence[PeftAdapter], config: dict[str, 
             f"{product}.{part}": array for product, pair in each.items() for part, array in zip("AB", pair, strict=True)
         }
         save_file(arrays, path.parent / adapter_file(adapter.name))
+
+
+def _node(
+    kind: str, inputs: Sequence[ir.Value | None], name: str, attributes: Mapping[str, Any] | None = None
+) -> ir.Node:
+    """Its output is named after it: names of a graph and of the graphs in it must differ."""
+    node = ir.node(kind, inputs, attributes, name=name)
+    node.outputs[0].name = f"{name}/output"
+    return node
 
 
 def _rank(pairs: _Pairs, product: str) -> int:
