@@ -18,9 +18,9 @@ def unknown(where: str, name: str, known: Iterable[str]) -> str:
     return f"{where}: unknown name {name!r}; {hint}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `name` may be a slip of."""
-    near = difflib.get_close_matches(name, sorted(known), 1)
+def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The one of `known` that `name` may be a slip of, if they are so much alike, 0 to 1."""
+    near = difflib.get_close_matches(name, sorted(known), 1, likeness)
     return near[0] if near else None
 
 

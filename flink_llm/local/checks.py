@@ -187,7 +187,7 @@ def topics(config: JobConfig) -> str:
     missing = [name for name in wanted if name not in there]
     if missing:
         others = there.difference(wanted)
-        near = {name: found for name in missing if (found := nearest(name, others))}
+        near = {name: found for name in missing if (found := nearest(name, others, 0.85))}
         hint = "".join(f"; did you mean {found!r} for {name!r}?" for name, found in near.items())
         options = " ".join(f"--topic {name}" for name in missing)
         raise ConfigError(

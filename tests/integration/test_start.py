@@ -44,7 +44,8 @@ def test_a_topic_that_is_not_there_is_said_before_the_start(tmp_path, broker: Br
         topics={"requests": [requests], "responses": "nowhere.1", "tokens": "nowhere.2", "failures": requests + ".no"},
     )
     assert status == 1, said
-    assert lines == [
+    [line] = lines  # it may go on: other tests' topics may have names much like these
+    assert line.startswith(
         f"flink-llm: topics: nowhere.1, nowhere.2, {requests}.no not there: make them, locally by "
         f"`flink-llm local up --topic nowhere.1 --topic nowhere.2 --topic {requests}.no`"
-    ]
+    )
