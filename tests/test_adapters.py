@@ -246,9 +246,9 @@ def twice(name, array):
 SPOILED = {
     "another product": (
         lambda t: {"layers.7.mlp.up_proj.A": t[A]},
-        "changes layers.7.mlp.up_proj, of which the graph",
+        "has layers.7.mlp.up_proj.A, of which the graph",
     ),
-    "nothing": (lambda t: {"nothing": np.zeros(0, np.float32)}, "changes noth"),
+    "nothing": (lambda t: {"nothing": np.zeros(0, np.float32)}, "has nothing, of which the graph"),
     "half": (lambda t: {name: t[name] for name in t if name != A}, r"is \[64, 0\] and \[6, 128\] at layers.0.attn.qkv"),
     "another size": (
         lambda t: t | {A: t[A][1:].copy()},

@@ -56,7 +56,7 @@ class Adapters:
     def bind(self, binding: ort.IOBinding, rows: NDArray[np.int64], bound: int = BASE) -> int:
         """Binds what `rows`, the number of each row's adapter, need. Valid until the next `bind`.
 
-        `bound` is what this gave for the binding before. Raises IndexError for a number that is none.
+        `bound` is what this gave for the binding before. Raises KeyError for a number that is none.
         """
         used = np.unique(rows[rows != BASE])
         need = BASE if not len(used) else int(used[0]) if len(used) == 1 else _ALL
@@ -68,7 +68,8 @@ class Adapters:
             masks = {name: ort.OrtValue.ortvalue_from_numpy(column == owner) for name, owner in owners.items()}
             for name, value in masks.items():
                 binding.bind_ortvalue_input(name, value)
-            self._rows = list(masks.values())  # ONNX Runtime reads them where they are
+            # ONNX Runtime reads them where they are; those of branches that are off it does not read.
+            self._rows = list(masks.values())
         return need
 
     def _read(self, folder: ModelFolder, session: ort.InferenceSession) -> None:
@@ -76,9 +77,9 @@ class Adapters:
         branches = {match[2]: match[1] for name in inputs if (match := _INPUT.fullmatch(name))}
         files = [_tensors(folder, name) for name in self.names]
         for name, tensors in zip(self.names, files, strict=True):
-            surplus = sorted({tensor[:-2] for tensor in tensors} - set(branches))
+            surplus = sorted(set(tensors) - {f"{product}.{part}" for product in branches for part in "AB"})
             if surplus or not tensors:
-                what = f"changes {surplus[0]}, of which the graph has no branch" if surplus else "changes nothing"
+                what = f"has {surplus[0]}, of which the graph has no branch" if surplus else "changes nothing"
                 raise ModelFolderError(f"{folder.manifest.name}: the adapter {name} {what}")
         self._values = {number: {} for number in (BASE, _ALL, *self._numbers.values())}
         self._owners = {number: {} for number in self._values}
