@@ -226,6 +226,13 @@ def test_a_deployment_file_is_looked_at_with_its_folders(job, tmp_path, capsys):
     assert said["✗ model other"] == f"{tmp_path / 'none.yaml'}: No such file or directory"
 
 
+def test_an_adapter_that_the_model_has_not_is_named(job, tmp_path, capsys):
+    tiny.encoder(tmp_path / "model", "embedding")
+    doctor.examine(job(models={"support-chat": "model"}, chat={"adapter": "returns"}), tmp_path)
+    found = lines(capsys)["✗ model support-chat"]
+    assert found == f"chat.adapter: {tmp_path / 'model'}: unknown name 'returns'; known: none"
+
+
 def test_lines_are_not_wrapped(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     doctor.examine(job(kafka={"bootstrap_servers": "127.0.0.1:1"}), tmp_path)

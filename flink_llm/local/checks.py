@@ -37,8 +37,8 @@ def before_start(config: JobConfig) -> None:
     else:
         kafka(config)
         topics(config)
-    for folder in served(config).values():
-        model(folder)
+    for name, folder in served(config).items():
+        model(folder, adapter_of(config, name))
     if config.features is not None:
         features(config)
 
@@ -222,12 +222,21 @@ def served(config: JobConfig) -> dict[str, str]:
     return config.models if config.host.launcher == HostSettings().launcher else {}
 
 
-def model(path: str) -> str:
-    """A model folder, or those of a deployment file, read and compared with their manifests."""
+def adapter_of(config: JobConfig, name: str) -> str:
+    """The adapter that the job asks of one of its models, "" for none."""
+    return config.chat.adapter if name == config.chat.model else ""
+
+
+def model(path: str, adapter: str = "") -> str:
+    """A model folder, or those of a deployment file, compared with their manifests; each has the `adapter`."""
     from flink_llm.local.models import versions
 
-    found = [f"{opened.manifest.architecture}, {opened.manifest.precision}, {opened.sha256[:12]} in {version.folder}"
-             for version, opened in versions(path)]  # fmt: skip
+    found = []
+    for version, opened in versions(path):
+        manifest = opened.manifest
+        if adapter and adapter not in manifest.adapters:
+            raise ConfigError(unknown(f"chat.adapter: {version.folder}", adapter, manifest.adapters))
+        found.append(f"{manifest.architecture}, {manifest.precision}, {opened.sha256[:12]} in {version.folder}")
     return "; ".join(found)
 
 

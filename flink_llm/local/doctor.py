@@ -72,7 +72,7 @@ def _checks(settings: JobConfig | None, state: Path | None) -> Iterator[tuple[st
         if settings.flink.delivery == "exactly_once":
             yield "transactions", partial(checks.transactions, settings)
     for name, folder in checks.served(settings).items():
-        yield f"model {name}", partial(checks.model, folder)
+        yield f"model {name}", partial(checks.model, folder, checks.adapter_of(settings, name))
     if settings.features is not None:
         yield "features", partial(checks.features, settings)
 
