@@ -20,7 +20,8 @@ class Places:
 
     def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._free = capacity
-        self._overdraft = capacity // OVERDRAFT
+        self._most = max(1, capacity // OVERDRAFT)
+        self._overdraft = 0
         self._lent = 0
         self._patience = PATIENCE_S
         self._clock = clock
@@ -54,7 +55,12 @@ class Places:
 
     def let_go(self) -> None:
         """The mailbox was free just now: the next bundle may hold it again."""
-        self._patience = PATIENCE_S if self._free > -self._overdraft else PATIENCE_MOST_S
+        with self._changed:
+            self._overdraft = 0
+            self._patience = PATIENCE_S
+            if self._free <= -self._most:  # from here on a record comes in for each that ends
+                self._overdraft = self._most
+                self._patience = PATIENCE_MOST_S
 
     def wait_until(self, there: Callable[[], bool], timeout: float) -> None:
         """Waits until a place was given back and `there()` is true, at most `timeout` seconds."""
@@ -62,4 +68,4 @@ class Places:
             self._changed.wait_for(there, timeout)
 
     def _room(self) -> bool:
-        return self._free > -self._lent
+        return self._free > -self._lent - self._overdraft

@@ -51,8 +51,22 @@ def test_who_has_overdrawn_much_waits_longer():
     assert taken_in(places) < PATIENCE_S / 2  # the patience of this bundle is spent
     places.let_go()
     assert taken_in(places) > 2.9 * PATIENCE_S
-    places.give(8)
-    places.take()
+    places.give(1)
+    places.let_go()
+    assert taken_in(places) > 0.9 * PATIENCE_S
+
+
+def test_who_has_overdrawn_much_goes_on_with_each_place_that_is_given_back():
+    places = Places(8)
+    for _ in range(8):
+        places.take()
+    for _ in range(2):
+        places.let_go()
+        places.take()
+    places.let_go()
+    threading.Timer(0.05, places.give, [1]).start()
+    assert taken_in(places) < PATIENCE_S / 2
+    places.give(9)
     places.let_go()
     assert taken_in(places) < PATIENCE_S / 2
 
