@@ -97,7 +97,7 @@ def replay(
 ) -> Replay:
     """Finds each failure's original and, if told to `send`, writes it to its topic again, once.
 
-    Of several failures of one request the last is taken. An original that has expired, was compacted away,
+    Of several failures of one request, an id with one payload, the last is taken. An original that has expired, was compacted away,
     or is another record by now is told of, counted and left out. Raises ConfigError, LocalError.
     """
     done = Replay()
@@ -109,7 +109,7 @@ def replay(
             done.placeless += 1
             tell(f"{failure.request_id or 'a record without an id'}: its failure names no place in Kafka")
             continue
-        name = failure.request_id or place
+        name = (failure.request_id, failure.payload_sha256) if failure.request_id else place
         done.repeated += name in latest
         latest[name] = failure
     for failure in latest.values():

@@ -100,6 +100,14 @@ def test_originals_are_sent_again_once_and_as_they_were(job):
     assert dict(sent[0].headers) == {"trace": b"\xff", REPLAYED: f"{job.requests}/0/{again['offset']}".encode()}
 
 
+def test_another_request_under_the_same_id_takes_nobodys_turn(job):
+    job.fail("outage", **job.ask(1))
+    sent = job.producer.send(job.requests, value=b"other").get(10)
+    place = {"request_id": "r1", "topic": sent.topic, "partition": sent.partition, "offset": sent.offset}
+    job.fail("conflicting_request", NOW + 1, **place, payload_sha256=hashlib.sha256(b"other").hexdigest())
+    assert job.run("replay").output.splitlines()[-1] == "2 would be sent again: add --send"
+
+
 def test_what_cannot_be_found_any_more_is_said_counted_and_skipped(job):
     there = job.ask(1)
     job.fail("outage", **there)
