@@ -97,8 +97,9 @@ def replay(
 ) -> Replay:
     """Finds each failure's original and, if told to `send`, writes it to its topic again, once.
 
-    Of several failures of one request, an id with one payload, the last is taken. An original that has expired, was compacted away,
-    or is another record by now is told of, counted and left out. Raises ConfigError, LocalError.
+    Of several failures of one request, an id with one payload, the last is taken. An original that has
+    expired, was compacted away, or is another record by now is told of, counted and left out. Raises
+    ConfigError, LocalError.
     """
     done = Replay()
     wanted: dict[tuple[str, int], dict[int, Failure]] = defaultdict(dict)
