@@ -1,5 +1,7 @@
 """Records and entries of state as other releases wrote them."""
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import assume, given
@@ -81,9 +83,7 @@ def test_a_field_that_is_missed_is_named_with_both_versions(fields):
     values = {name: kind() for name, kind in fields.items()}
     written = codec.pack(release(*fields.items())(**values))
     release(*fields.items(), ("needed", int), version=2)
-    with pytest.raises(
-        StateError, match=r"no longer fits its type: written in version 1, Evolving is version 2: .*`needed`"
-    ):
+    with pytest.raises(StateError, match=r"written in version 1, Evolving is version 2: .*`needed`"):
         codec.unpack(written)
 
 
@@ -121,10 +121,8 @@ def test_a_version_is_registered_once():
 @given(st.binary(max_size=60))
 def test_damaged_state_is_a_state_error_or_a_value(data):
     for written in (data, b"\x01" + data, b"\x01\xc7" + bytes([len(data), 1]) + data):
-        try:
+        with contextlib.suppress(StateError):
             codec.unpack(written)
-        except StateError:
-            pass
 
 
 @given(st.integers(1, 11), st.lists(st.integers(0, 9), max_size=3))

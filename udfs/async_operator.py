@@ -282,3 +282,8 @@ def _check_environment(env: Any, settings: OperatorSettings) -> None:
             f"runs no timers: use STREAMING"
         )
     environment.check(env, settings.capacity)
+    if env.get_parallelism() > settings.shards:
+        raise ConfigError(
+            f"the parallelism is {env.get_parallelism()}, more than shards={settings.shards}: the other subtasks would "
+            f"have nothing to do; lower it, or set shards to about 4 for each subtask you will ever run"
+        )

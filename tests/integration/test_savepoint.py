@@ -44,18 +44,20 @@ class Job:
         self.requests, self.responses, self.extra = topics
         self.folder = folder
 
-    def start(self, *, parallelism=1, extra=False, savepoint=None):
+    def start(self, *, parallelism=1, extra=False, savepoint=None, udf=None, modules=()):
         properties = {"restart-strategy.type": "none"}
         if savepoint:
             properties["execution.state-recovery.path"] = savepoint
         env = environment.environment(properties)
+        for module in modules:
+            env.add_python_file(str(module))
         flink = FlinkSettings(checkpoint_interval_ms=200, parallelism=parallelism, properties=properties)
         environment.configure(env, flink, capacity=64)
         tables = environment.tables(env)
         stream = kafka.source(tables, self.settings, [self.requests], uid="requests", start="earliest")
         if extra:  # before the operator, so that every number the planner gives moves
             kafka.sink(tables, stream, self.settings, [self.extra], uid="extra", delivery="exactly_once")
-        udf = held_until(str(self.folder / "gate"))
+        udf = udf or held_until(str(self.folder / "gate"))
         out = apply(stream, udf, key="session_id", uid="held", settings=OperatorSettings())
         kafka.sink(tables, out.results, self.settings, [self.responses], uid="responses", delivery="exactly_once")
         return env.execute_async("held")
