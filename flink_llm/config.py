@@ -191,8 +191,8 @@ def _check_flink(flink: FlinkSettings) -> None:
         raise ConfigError(f"flink.max_parallelism is {highest}, which is no multiple of flink.shards {flink.shards}")
     if flink.parallelism > flink.shards:
         raise ConfigError(
-            f"flink.parallelism is {flink.parallelism}, more than flink.shards {flink.shards}: the other subtasks would "
-            f"have nothing to do; about 4 shards for each subtask you will ever run are right"
+            f"flink.parallelism is {flink.parallelism}, more than flink.shards {flink.shards}: the other subtasks "
+            f"would have nothing to do; about 4 shards for each subtask you will ever run are right"
         )
     for name, key in NAMED_TWICE.items():
         if name in flink.properties:
@@ -205,8 +205,8 @@ def _check_host(config: JobConfig) -> None:
         raise ConfigError("host.metrics_port: it is a host that serves metrics, and host.engine is embedded")
     if config.job in ASK_A_MODEL and capacity > host.slots + host.queue:
         raise ConfigError(
-            f"operator.capacity is {capacity}, more calls than host.slots {host.slots} and host.queue {host.queue} take: "
-            f"the host would refuse the others again and again; lower the first or raise the last"
+            f"operator.capacity is {capacity}, more calls than host.slots {host.slots} and host.queue {host.queue} "
+            f"take: the host would refuse the others again and again; lower the first or raise the last"
         )
 
 

@@ -109,9 +109,9 @@ def sink(
     Header values that are null are not written.
 
     Exactly once is transactional, in the pooled naming: `transactions`, by default the consumer group, and
-    `uid` name the transactions, so one of them must differ between any two jobs on one broker. Raises ConfigError when the broker's
-    maximum forbids the transaction timeout, when `stream` lacks a field of `OUTBOUND`, or where Flink has
-    no Kafka connector.
+    `uid` name the transactions, so one of them must differ between any two jobs on one broker. Raises
+    ConfigError when the broker's maximum forbids the transaction timeout, when `stream` lacks a field of
+    `OUTBOUND`, or where Flink has no Kafka connector.
     """
     if not topics:
         raise ConfigError(f"{uid}: a sink needs at least one topic")

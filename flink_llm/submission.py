@@ -49,8 +49,8 @@ def check_slots(parallelism: int, slots: int, *, adaptive: bool) -> None:
     """Raises ConfigError when a job of this parallelism would wait for slots that the cluster does not have."""
     if slots < parallelism and not adaptive:
         raise ConfigError(
-            f"flink.parallelism is {parallelism}, the cluster has {slots} slots: lower it, or add task managers or slots "
-            f"(taskmanager.numberOfTaskSlots)"
+            f"flink.parallelism is {parallelism}, the cluster has {slots} slots: lower it, or add task managers or "
+            f"slots (taskmanager.numberOfTaskSlots)"
         )
 
 

@@ -50,7 +50,7 @@ def before_start(config: JobConfig) -> None:
 
 
 def alone(config: JobConfig) -> FileLock | None:
-    """A lock to hold while the job runs; None for one that writes to files. Raises ConfigError: it runs here already."""
+    """A lock to hold while the job runs; None for one of files. Raises ConfigError: it runs here already."""
     if config.files is not None:
         return None
     digest = hashlib.sha256(f"{config.kafka.bootstrap_servers}/{config.name}".encode()).hexdigest()[:16]

@@ -1,6 +1,5 @@
 """Savepoints up and down the scale while requests stream through the job, counted by a consumer of its own."""
 
-import itertools
 import json
 import threading
 import time
@@ -33,12 +32,10 @@ class Load:
         self._thread.join()
 
     def _send(self):
-        for tenth in itertools.count():
+        while not self._over.wait(0.1):
             batch = range(self.sent, self.sent + PER_S // 10)
             self._job.send(*(request(number, f"s{number % KEYS}") for number in batch))
             self.sent = batch.stop
-            if self._over.wait(0.1):
-                return
 
 
 class Answers:
@@ -51,10 +48,17 @@ class Answers:
         )  # fmt: skip
         self.seen = []
 
+    def of(self, number):
+        """Waits for the answer to that request."""
+        self._until(lambda: any(answer["request_id"] == f"r{number}" for answer in self.seen))
+
     def until(self, count):
         """Waits until there are so many."""
+        self._until(lambda: len(self.seen) >= count)
+
+    def _until(self, there):
         deadline = time.monotonic() + PATIENCE_S
-        while len(self.seen) < count and time.monotonic() < deadline:
+        while not there() and time.monotonic() < deadline:
             self._poll(200)
 
     def rest(self):
@@ -77,7 +81,7 @@ def rescaled(broker, topics, folder, steps):
     with Load(job) as load:
         for parallelism in steps:
             running = job.start(parallelism=parallelism, savepoint=savepoint)
-            answers.until(len(answers.seen) + PER_S)
+            answers.of(load.sent)  # and not of what was in the savepoint
             savepoint = job.stop(running)
     running = job.start(parallelism=1, savepoint=savepoint)
     answers.until(load.sent)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from kafka import KafkaConsumer, KafkaProducer
+from py4j.protocol import Py4JJavaError
 from pyflink.java_gateway import get_gateway
 
 from flink_llm import environment, kafka
@@ -65,7 +66,14 @@ class Job:
     def stop(self, job):
         # PyFlink's own stop_with_savepoint calls a Java method that Flink 2 no longer has.
         canonical = get_gateway().jvm.org.apache.flink.core.execution.SavepointFormatType.CANONICAL
-        return job._j_job_client.stopWithSavepoint(False, str(self.folder), canonical).get()
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return job._j_job_client.stopWithSavepoint(False, str(self.folder), canonical).get()
+            except Py4JJavaError as error:  # some subtasks may answer before others run
+                if "Not all required tasks" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
     def send(self, *requests):
         producer = KafkaProducer(bootstrap_servers=self.settings.bootstrap_servers)
