@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from flink_llm.call import OperatorSettings
-from flink_llm.engine.export import export_decoder
 from flink_llm.engine.generation import current_call
 from flink_llm.engine.settings import HostSettings
 from flink_llm.handler import AsyncUdf
@@ -15,27 +14,19 @@ from flink_llm.local import processes
 from flink_llm.records import Message
 from flink_llm.services import RealServices, ServiceSettings
 from flink_llm.testing import Harness
-from tests import tiny
 from tests.test_client import hosts
 from tests.test_metrics import read, until
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    to = tmp_path_factory.mktemp("models") / "tiny"
-    export_decoder(tiny.llama(tmp_path_factory.mktemp("source")), to, name="tiny", precision="fp32")
-    return to
+from tests.test_readme import ROOT
 
 
 @pytest.fixture
-def services(model):
+def services():
     """What a worker opens; the host behind it is one, of the real kind."""
     folder = Path(tempfile.mkdtemp(prefix="fl-"))
     port = processes.free_port()
-    host = HostSettings(
-        device="cpu", slots=4, threads=1, linger_s=1, socket_dir=str(folder), metrics_port=port
-    )  # fmt: skip
-    yield lambda: RealServices(ServiceSettings(models={"tiny": str(model)}, host=host)), port, folder
+    host = HostSettings(device="cpu", slots=4, threads=1, linger_s=1, socket_dir=str(folder), metrics_port=port)
+    models = {"support-chat": str(ROOT / "models" / "support-chat")}
+    yield lambda: RealServices(ServiceSettings(models=models, host=host)), port, folder
     until(lambda: not hosts(folder))
     shutil.rmtree(folder)
 
@@ -44,7 +35,7 @@ class Chat(AsyncUdf):
     stateful = True
 
     async def open(self, ctx):
-        self.model = ctx.model("tiny")
+        self.model = ctx.model("support-chat")
 
     async def call(self, request: dict, ctx):
         turns = [*ctx.state.get("turns", []), Message("user", request["text"])]
@@ -54,7 +45,7 @@ class Chat(AsyncUdf):
 
 
 def turn(worker, number, session):
-    text = f"turn {number} of {session}, which says a good deal that no other session says"
+    text = f"{session} begins its turn {number} by a name, so that no other session says any of it"
     worker.send({"request_id": f"{session}-{number}", "session_id": session, "text": text})
     worker.finish()
 
