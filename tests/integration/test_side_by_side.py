@@ -1,6 +1,10 @@
 """Two jobs on one standalone cluster: one host, transactions apart, and a change of parallelism while they run."""
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,6 +19,7 @@ from flink_llm.errors import LocalError
 from flink_llm.local.cluster import Cluster
 from flink_llm.local.package import JOB
 from flink_llm.testing import Script
+from tests.test_readme import ROOT, blocks
 
 PATIENCE_S = 120
 PER_S = 50
@@ -58,8 +63,11 @@ class Job:
         self._over = threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._send, self._read)]
 
-    def submit(self, cluster, **options):
-        return cluster.submit(self.file, "--config", str(self.config), **options)
+    @property
+    def arguments(self):
+        """Of `flink run`."""
+        python = ["-pyexec", sys.executable, "-pyclientexec", sys.executable]
+        return [*python, "-py", str(self.file), "--config", str(self.config)]
 
     def load(self):
         for thread in self._threads:
@@ -115,11 +123,32 @@ def hosts(folder):
     return found
 
 
+def documented(mark):
+    """The commands of a block of docs/operating.md."""
+    [code] = [code for found, code in blocks(ROOT / "docs" / "operating.md", "sh") if found.strip() == mark]
+    return [shlex.split(line) for line in code.splitlines()]
+
+
+def upgraded(cluster, job, identifier, folder):
+    """Stops a job and starts it again as docs/operating.md says; its new id."""
+    (_, *stop), (_, _, *start) = documented("upgrade")
+    words = {"SAVEPOINTS": str(folder), "JOB_ID": identifier}
+    command = ["bash", str(cluster.logs.parent / "bin" / "flink"), *(words.get(word, word) for word in stop)]
+    said = subprocess.run(command, capture_output=True, text=True, env=cluster._environ(), check=True).stdout
+    words = {"SAVEPOINT": re.search(r"Path: (\S+)", said)[1]}
+    assert start.pop() == "..."
+    return cluster.run(*(words.get(word, word) for word in start), *job.arguments)
+
+
 def rescale(cluster, job, parallelism):
-    """As the adaptive scheduler is told to."""
+    """As docs/operating.md says of the adaptive scheduler."""
     vertices = cluster.rest(f"/jobs/{job}")["vertices"]
     wanted = {each["id"]: {"parallelism": {"lowerBound": 1, "upperBound": parallelism}} for each in vertices}
-    cluster.rest(f"/jobs/{job}/resource-requirements", "PUT", wanted)
+    words = {"http://JOB_MANAGER": cluster.url, "JOB_ID": job, "REQUIREMENTS": json.dumps(wanted)}
+    [command] = documented("rescale")
+    for word, value in words.items():
+        command = [part.replace(word, value) for part in command]
+    subprocess.run([*command, "--fail", "--silent"], check=True)
     deadline = time.monotonic() + PATIENCE_S
     while {each["parallelism"] for each in cluster.rest(f"/jobs/{job}")["vertices"]} != {parallelism}:
         assert time.monotonic() < deadline, f"the job was not rescaled to {parallelism}"
@@ -131,20 +160,20 @@ def rescale(cluster, job, parallelism):
 def test_two_jobs_share_a_host_and_nothing_else(cluster, broker, topics, tmp_path):
     kinds = ("requests", "responses", "tokens", "failures")
     first, second = (Job(name, broker, tmp_path, topics(*kinds, partitions=2)) for name in ("first", "second"))
-    ids = [job.submit(cluster) for job in (first, second)]
+    ids = [cluster.run("-d", *job.arguments) for job in (first, second)]
     for job in (first, second):
         job.load()
     for job in (first, second):
         job.answered(PER_S)
     assert len(hosts(tmp_path)) == 1
     with pytest.raises(LocalError, match=r"name: a job 'first' is on this cluster already \([0-9a-f]{32}, RUNNING\)"):
-        first.submit(cluster)
+        cluster.run("-d", *first.arguments)
     rescale(cluster, ids[0], 2)
-    first.answered(PER_S)
-    cluster.stop_with_savepoint(ids[1], tmp_path / "savepoints")
-    first.answered(2 * PER_S)
+    ids[1] = upgraded(cluster, second, ids[1], tmp_path / "savepoints")  # while the first goes on
     rescale(cluster, ids[0], 1)
-    first.answered(PER_S)
     assert len(hosts(tmp_path)) == 1
+    second.judge()
+    cluster.cancel(ids[1])
+    first.answered(PER_S)
     first.judge()
     cluster.cancel(ids[0])
