@@ -1,45 +1,46 @@
 """Savepoints up and down the scale while requests stream through the job, counted by a consumer of its own."""
 
 import json
-import threading
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import pytest
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, TopicPartition
 
-from tests.integration.test_savepoint import PATIENCE_S, Job, request
+from tests.integration.test_savepoint import PATIENCE_S, Job
 
 KEYS = 40
 PER_S = 100
 
 
 class Load:
-    """Requests at an even rate, until it is told to stop. A context manager."""
+    """Requests at an even rate, from a process of its own. A context manager."""
 
     def __init__(self, job):
-        self._job = job
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._send, daemon=True)
-        self.sent = 0
+        self._command = [sys.executable, "-m", "tests.integration.load", job.settings.bootstrap_servers, job.requests]
 
     def __enter__(self):
-        self._thread.start()
+        self._process = subprocess.Popen([*self._command, str(KEYS), str(PER_S)], stdin=subprocess.PIPE)
         return self
 
     def __exit__(self, *error):
-        self._over.set()
-        self._thread.join()
+        self._process.stdin.close()
+        assert self._process.wait() == 0
 
-    def _send(self):
-        while not self._over.wait(0.1):
-            batch = range(self.sent, self.sent + PER_S // 10)
-            self._job.send(*(request(number, f"s{number % KEYS}") for number in batch))
-            self.sent = batch.stop
+
+def sent(job):
+    """How many requests there are."""
+    consumer = KafkaConsumer(bootstrap_servers=job.settings.bootstrap_servers)
+    partition = TopicPartition(job.requests, 0)
+    [count] = consumer.end_offsets([partition]).values()
+    consumer.close()
+    return count
 
 
 class Answers:
-    """What a read_committed consumer has seen of the job's answers."""
+    """A read_committed consumer of the job's answers, from the first one on. A context manager."""
 
     def __init__(self, job):
         self._consumer = KafkaConsumer(
@@ -48,47 +49,54 @@ class Answers:
         )  # fmt: skip
         self.seen = []
 
-    def of(self, number):
-        """Waits for the answer to that request."""
-        self._until(lambda: any(answer["request_id"] == f"r{number}" for answer in self.seen))
+    def __enter__(self):
+        return self
 
-    def until(self, count):
-        """Waits until there are so many."""
-        self._until(lambda: len(self.seen) >= count)
+    def __exit__(self, *error):
+        self._consumer.close()
 
-    def _until(self, there):
+    def until(self, there):
         deadline = time.monotonic() + PATIENCE_S
         while not there() and time.monotonic() < deadline:
-            self._poll(200)
+            self.poll(200)
 
-    def rest(self):
-        """All there are, once no more come for two seconds."""
-        while self._poll(2000):
-            pass
-        self._consumer.close()
-        return self.seen
-
-    def _poll(self, timeout_ms):
+    def poll(self, timeout_ms):
+        """How many have come."""
         found = [record for records in self._consumer.poll(timeout_ms=timeout_ms).values() for record in records]
         self.seen += [json.loads(record.value) for record in found]
-        return found
+        return len(found)
+
+
+def wait_for(job, number):
+    """Until the answer to that request is committed."""
+    with Answers(job) as answers:
+        answers.until(lambda: any(answer["request_id"] == f"r{number}" for answer in answers.seen))
+
+
+def all_of(job, count):
+    """The answers, once there are so many and no more come for two seconds."""
+    with Answers(job) as answers:
+        answers.until(lambda: len(answers.seen) >= count)
+        while answers.poll(2000):
+            pass
+        return answers.seen
 
 
 def rescaled(broker, topics, folder, steps):
     job = Job(broker, topics("requests", "responses", "extra"), folder)
     (folder / "gate").touch()
-    answers, savepoint = Answers(job), None
-    with Load(job) as load:
+    savepoint = None
+    with Load(job):
         for parallelism in steps:
             running = job.start(parallelism=parallelism, savepoint=savepoint)
-            answers.of(load.sent)  # and not of what was in the savepoint
+            wait_for(job, sent(job))  # one that was not in the savepoint
             savepoint = job.stop(running)
+    count = sent(job)
     running = job.start(parallelism=1, savepoint=savepoint)
-    answers.until(load.sent)
-    found = answers.rest()
+    found = all_of(job, count)
     running.cancel().result()
     ids = Counter(answer["request_id"] for answer in found)
-    assert len(ids) == load.sent, f"{load.sent - len(ids)} of {load.sent} are lost"
+    assert len(ids) == count, f"{count - len(ids)} of {count} are lost"
     assert set(ids.values()) == {1}
     counts = sorted((answer["key"], answer["count"]) for answer in found)
     per_key = Counter(key for key, _ in counts)
