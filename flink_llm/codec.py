@@ -160,7 +160,10 @@ def _restored(name: str, fields: dict[str, Any], version: int) -> Any:
     """A record of today of one that was written in `version`."""
     known = _registered.get(name)
     if known is None:
-        raise StateError(f"state holds a record {name!r} that is not registered with codec.register")
+        raise StateError(
+            f"state holds a record {name!r} that is not registered: codec.register it in a module that the handler "
+            "imports before its first call"
+        )
     if version > known.version:
         raise StateError(
             f"state holds a {name!r} of version {version}, this job knows it up to version {known.version}: "
