@@ -156,7 +156,8 @@ def rescale(cluster, job, parallelism):
     cluster.wait_running(job)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_jobs_share_a_host_and_nothing_else(cluster, broker, topics, tmp_path):
     kinds = ("requests", "responses", "tokens", "failures")
     first, second = (Job(name, broker, tmp_path, topics(*kinds, partitions=2)) for name in ("first", "second"))
