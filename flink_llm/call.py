@@ -33,9 +33,10 @@ class OperatorSettings(Struct, frozen=True, kw_only=True):
     """How one operator runs its handler.
 
     `capacity`: calls at a time, per subtask; an eighth more is read ahead. `deadline`: seconds from
-    arrival, None for none. `remember_s`: how long a result answers repeats of its request id, 0 for not
-    at all. `reply_topics`: where `reply_to` may point. `max_result_bytes`: the largest record, key and
-    headers included, that goes out.
+    arrival, None for none. `retries`: how often a call is tried again that raised `Retriable`.
+    `remember_s`: how long a result answers repeats of its request id, 0 for not at all. `reply_topics`:
+    where `reply_to` may point. `max_result_bytes`: the largest record, key and headers included, that
+    goes out.
     """
 
     job: str = "flink-llm"
@@ -44,6 +45,7 @@ class OperatorSettings(Struct, frozen=True, kw_only=True):
     deadline: float | None = 60.0
     ordered: bool = False
     on_outage: Literal["wait", "deadline"] = "wait"
+    retries: int = 4
     remember_s: float = 600.0
     reply_topics: list[str] = []
     max_result_bytes: int = 1_000_000
@@ -87,7 +89,7 @@ class Call:
     __slots__ = (
         "arrival", "arrived_ms", "attempt", "clock", "committed_state", "emitted", "ended", "expires_at",
         "identity", "info", "key", "outcome", "payload_hash", "priority", "repeats", "reply_to",
-        "request", "request_id", "restored", "sent", "sequence", "shard", "task", "timestamp",
+        "request", "request_id", "restored", "retried", "sent", "sequence", "shard", "task", "timestamp",
     )  # fmt: skip
 
     def __init__(self, shard: "Shard", sequence: int, arrival: Arrival, request: Any, arrived_ms: int) -> None:
@@ -107,7 +109,8 @@ class Call:
         self.identity: tuple[int, bytes] | None = None
         if self.request_id is not None:
             self.identity = (shard.number, digest_of(self.key, self.request_id))
-        self.attempt = 0
+        self.attempt = 0  # tries that failed, of which `retried` the handler called worth another
+        self.retried = 0
         self.emitted = 0  # counted by the loop thread alone, `sent` by Flink's alone
         self.sent = 0
         self.ended = False
@@ -118,6 +121,11 @@ class Call:
         self.repeats: list[Call] = []
         self.task: asyncio.Task[None] | None = None
         self.info: Any = None
+
+    @property
+    def generation_id(self) -> str | None:
+        """That of its latest generation, None where there was none."""
+        return (self.info.last_generation or None) if self.info is not None else None
 
     @property
     def headers(self) -> Mapping[str, bytes | None]:
