@@ -120,6 +120,7 @@ CODES: dict[str, str] = {
     "model_error": "the model produced something unusable",
     "deadline": "the deadline has passed",
     "overloaded": "refused for lack of room until the deadline",
+    "shed": "refused at arrival, as its deadline could not be met (only with shed: on)",
     "outage": "a part was down until the deadline (only with on_outage: deadline)",
     "conflicting_request": "the request id was used before with another payload",
     "missing_features": "a required feature is absent or too old",

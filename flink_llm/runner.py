@@ -26,6 +26,7 @@ from flink_llm.errors import FlinkLlmError, Overloaded, RecordError, Retriable, 
 from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services, check_result, signature_of
 from flink_llm.places import Places
 from flink_llm.retries import INFRASTRUCTURE, wait_before
+from flink_llm.shedding import Shedder
 from flink_llm.turns import Repeats, Turns
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,9 @@ class Runner:
             name=self.name,
             metrics=self.metrics,
         )
+        self._shedder = Shedder() if settings.shed else None
+        self._submitted = 0  # counted by the main thread alone, `_ended` by the loop's
+        self._ended = 0
         self._running = 0
         self._ready: deque[tuple[Call, Lane | None]] = deque()
         self._closing = False
@@ -96,8 +100,26 @@ class Runner:
     def submit(self, call: Call, *, wait: bool = True) -> None:
         """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does."""
         self.check()
+        self._submitted += 1
         self.places.take(wait=wait)
         self._post(call)
+
+    def refusal(self, call: Call) -> Failed | None:
+        """Why a record that has just come is refused, None for one that is to be submitted."""
+        if self._shedder is None or (self.settings.on_outage == "wait" and self._services.outage_since is not None):
+            return None
+        try:
+            left = call.time_left(self.settings.deadline, time.time() * 1000, since_ms=call.timestamp)
+        except RecordError:
+            return None
+        if left is None:
+            return None
+        ahead = self._submitted - self._ended
+        if self._shedder.refuses(ahead, left):
+            took = self._shedder.estimate(ahead)
+            return Failed("shed", f"{left:.3g} s were left, and the answer would have taken about {took:.3g} s")
+        call.admitted = ahead, left, self.clock.now()
+        return None
 
     def check(self) -> None:
         """Raises what the loop thread could not go on from."""
@@ -177,7 +199,8 @@ class Runner:
         # The clock stands still across a restore too; how much had been used up is written nowhere.
         excused = call.restored and self.settings.on_outage == "wait"
         try:
-            limit = call.time_left(self.settings.deadline, time.time() * 1000, excused=excused)
+            since_ms = None if excused else call.arrived_ms
+            limit = call.time_left(self.settings.deadline, time.time() * 1000, since_ms=since_ms)
         except RecordError as error:
             self._turns.enter(call)
             return self._end(call, Failed(error.code, error.message))
@@ -312,6 +335,8 @@ class Runner:
             return
         call.ended = True
         call.outcome = outcome
+        self._ended += 1
+        self._learn(call, outcome)
         if call.task is not None:
             self._running -= 1
             self._begin()
@@ -320,6 +345,13 @@ class Runner:
         self._deadlines.forget(call)
         self._hand_over(self._turns.leave(call, outcome))
         self._repeats.answer(call, outcome)
+
+    def _learn(self, call: Call, outcome: Outcome) -> None:
+        """What the call took tells what others will; what fails at once tells nothing."""
+        if self._shedder is not None and call.admitted is not None:
+            ahead, left, since = call.admitted
+            if isinstance(outcome, Result) or outcome.code in ("deadline", "overloaded"):
+                self._shedder.answered(ahead, self.clock.now() - since, left)
 
     def _hand_over(self, calls: list[Call]) -> None:
         for call in calls:
