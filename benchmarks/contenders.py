@@ -118,7 +118,9 @@ def submit(plan: Plan) -> None:
     for contender in plan.contenders:
         env = environment.environment({"python.fn-execution.arrow.batch.size": "1000"}, kafka=False)
         rate = 1000 * contender.in_flight / contender.work_ms if contender.work_ms else None
-        settings = FlinkSettings(expected_rate=rate, checkpoint_interval_ms=CHECKPOINT_MS, properties=_properties(contender))
+        settings = FlinkSettings(
+            expected_rate=rate, checkpoint_interval_ms=CHECKPOINT_MS, properties=_properties(contender)
+        )
         environment.configure(env, settings, capacity=contender.in_flight)
         if contender.stock:
             env.set_buffer_timeout(100)
@@ -148,7 +150,9 @@ def requests(env: StreamExecutionEnvironment, tables: StreamTableEnvironment, co
     return tables.to_data_stream(tables.sql_query(query))
 
 
-def _ours(env: StreamExecutionEnvironment, tables: StreamTableEnvironment, contender: Contender, folder: str) -> DataStream:
+def _ours(
+    env: StreamExecutionEnvironment, tables: StreamTableEnvironment, contender: Contender, folder: str
+) -> DataStream:
     stream = requests(
         env,
         tables,
@@ -162,7 +166,9 @@ def _ours(env: StreamExecutionEnvironment, tables: StreamTableEnvironment, conte
     return apply(stream, udf, key="session_id", uid="ours", settings=settings).results
 
 
-def _stock(env: StreamExecutionEnvironment, tables: StreamTableEnvironment, contender: Contender, folder: str) -> DataStream:
+def _stock(
+    env: StreamExecutionEnvironment, tables: StreamTableEnvironment, contender: Contender, folder: str
+) -> DataStream:
     timeout = Time.milliseconds(int(TIMEOUT_S * 1000) if contender.timeout else 0)
     stream = requests(env, tables, "`value`")
     return AsyncDataStream.unordered_wait(stream, Stock(folder, contender), timeout, contender.in_flight, _VALUE)
@@ -177,7 +183,9 @@ def count(tables: StreamTableEnvironment, stream: DataStream, name: str) -> None
     )
     late = """EXTRACT(EPOCH FROM CURRENT_ROW_TIMESTAMP()) * 1000 + EXTRACT(MILLISECOND FROM CURRENT_ROW_TIMESTAMP())
               - CAST(CAST(`value` AS STRING) AS BIGINT)"""
-    tables.create_temporary_view("results", tables.sql_query(f"SELECT {late} AS `late`, PROCTIME() AS `at` FROM {rows}"))
+    tables.create_temporary_view(
+        "results", tables.sql_query(f"SELECT {late} AS `late`, PROCTIME() AS `at` FROM {rows}")
+    )
     statements = tables.create_statement_set()
     statements.add_insert_sql(
         """INSERT INTO counts SELECT DATE_FORMAT(window_start, 'HH:mm:ss'), `late`, COUNT(*)

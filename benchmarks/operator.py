@@ -40,7 +40,10 @@ OURS = [
 ]
 STOCK = [Contender(name="stock_1000", stock=True, bundle=(1000, 1000))]
 STOCK_ZERO = [Contender(name="stock_zero", stock=True, work_ms=0, timeout=False, bundle=(1000, 1000))]
-MORE_STOCK = [Contender(name=f"stock_1000_{n}", stock=True, bundle=(n, ms)) for n, ms in ((1000, 100), (10_000, 1000), (100_000, 10_000))]
+MORE_STOCK = [
+    Contender(name=f"stock_1000_{n}", stock=True, bundle=(n, ms))
+    for n, ms in ((1000, 100), (10_000, 1000), (100_000, 10_000))
+]
 MORE_STOCK_ZERO = [
     Contender(name=f"stock_zero_{n}", stock=True, work_ms=0, timeout=False, bundle=(n, ms))
     for n, ms in ((1000, 100), (10_000, 1000))
@@ -159,13 +162,17 @@ def late(turns: Sequence[Turn], counts: dict[int, dict[int, int]]) -> list[float
     ]
 
 
-def measure(folder: Path, contenders: Sequence[Contender], *, warm_up_s: float, seconds: float, rounds: int) -> dict[str, Any]:
+def measure(
+    folder: Path, contenders: Sequence[Contender], *, warm_up_s: float, seconds: float, rounds: int
+) -> dict[str, Any]:
     """Rates by contender, and what was late where ours was full."""
     with Field(folder, contenders) as field:
         names = [one.name for one in field.contenders]
         for name in names:
             field.run(name, warm_up_s)
-        turns = [field.run(name, seconds) for number in range(rounds) for name in names[number % 2 :] + names[: number % 2]]
+        turns = [
+            field.run(name, seconds) for number in range(rounds) for name in names[number % 2 :] + names[: number % 2]
+        ]
         time.sleep(1.5)  # the last second is printed when it is over
         counts = field.counts()
         by_name = {name: [turn for turn in turns if turn.name == name] for name in names}
@@ -205,7 +212,11 @@ def main() -> None:
     contenders = [*OURS, *STOCK, *STOCK_ZERO]
     if not args.quick:
         contenders += [*MORE_STOCK, *MORE_STOCK_ZERO]
-    chosen = {"warm_up_s": 1.5, "seconds": 4.0, "rounds": 1} if args.quick else {"warm_up_s": 8.0, "seconds": 12.0, "rounds": 3}
+    chosen = (
+        {"warm_up_s": 1.5, "seconds": 4.0, "rounds": 1}
+        if args.quick
+        else {"warm_up_s": 8.0, "seconds": 12.0, "rounds": 3}
+    )
     with tempfile.TemporaryDirectory(prefix="flink-llm-") as name:
         print(json.dumps(summary(measure(Path(name), contenders, **chosen))))  # type: ignore[arg-type]
 

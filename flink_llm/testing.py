@@ -43,7 +43,7 @@ class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a scripted model does.
 
     A decoder says `text` (`{last}` stands for the last message, `{adapter}` for the one that was asked for;
-    it has every adapter) in `tokens` pieces: the first after `first_ms`, the others `gap_ms` apart; `delay`
+    it has every adapter; `{now}` for the epoch seconds at which its piece is said) in `tokens` pieces: the first after `first_ms`, the others `gap_ms` apart; `delay`
     "exponential" draws `first_ms` from that distribution, decided by the request id. `rate_per_s` bounds
     how many pieces of work the model completes a second. `fault` ends every piece of work with that code
     instead; "overloaded" and "hang" are not codes but what they say. An embedding has `dimension` numbers
@@ -129,6 +129,8 @@ class ScriptedBackend:
             self._free_at[work.model] = due
         for event in _events(script, work, generation):
             await asyncio.sleep(due - loop.time())
+            if isinstance(event, Tokens) and "{now}" in event.text:
+                event = msgspec.structs.replace(event, text=event.text.replace("{now}", f"{time.time():.6f}"))
             emit(event)
             if isinstance(event, Tokens) and event.sequence < script.tokens - 1:
                 due += script.gap_ms / 1000
