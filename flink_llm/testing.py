@@ -43,7 +43,8 @@ class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a scripted model does.
 
     A decoder says `text` (`{last}` stands for the last message, `{adapter}` for the one that was asked for;
-    it has every adapter; `{now}` for the epoch seconds at which its piece is said) in `tokens` pieces: the first after `first_ms`, the others `gap_ms` apart; `delay`
+    it has every adapter; `{now}` for the epoch seconds at which its piece is said, by a script that takes time)
+    in `tokens` pieces: the first after `first_ms`, the others `gap_ms` apart; `delay`
     "exponential" draws `first_ms` from that distribution, decided by the request id. `rate_per_s` bounds
     how many pieces of work the model completes a second. `fault` ends every piece of work with that code
     instead; "overloaded" and "hang" are not codes but what they say. An embedding has `dimension` numbers
