@@ -33,7 +33,7 @@ SETTLE_S = 1.0
 _COUNTS = re.compile(r"^(\S+)> \+I\[(\d+):(\d+):(\d+), (-?\d+), (\d+)\]$", re.MULTILINE)
 
 OUR_BUNDLE = (125, 10)
-"""Size and milliseconds at 1,000 in flight: 1 ms, which is `configure`'s for latency, makes more and smaller bundles."""
+"""Size and milliseconds at 1,000 in flight: 1 ms, as `configure` sets it for latency, makes smaller bundles."""
 OURS = [
     Contender(name="ours_1000", bundle=OUR_BUNDLE),
     Contender(name="ours_1000_full", full=True, bundle=OUR_BUNDLE),

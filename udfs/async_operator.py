@@ -166,11 +166,13 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
     def _drain(self, ctx: Any) -> Iterator[Any]:
         """What has ended in any shard: one timer serves them all."""
         self._runner.check()
+        ready = [shard for shard in self._shards.values() if shard.events]
+        if not ready:
+            return
         own = self._keyed.key
-        for shard in self._shards.values():
-            if shard.events:
-                self._keyed.key = Row(self._keys[shard.number])
-                yield from self._emit(shard.drain(), ctx)
+        for shard in ready:
+            self._keyed.key = Row(self._keys[shard.number])
+            yield from self._emit(shard.drain(), ctx)
         self._keyed.key = own
 
     def _schedule(self, number: int, ctx: Any) -> None:
