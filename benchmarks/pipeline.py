@@ -123,13 +123,17 @@ class Pipeline:
         if self._started is not None:
             processes.stop(self._started, 5)
 
-    def workers(self) -> list[psutil.Process]:
-        """The Python workers of the job."""
+    def job(self) -> psutil.Process:
+        """The job's own process, below which its Java and its workers are. Raises RuntimeError when it has ended."""
         main = self._started.process() if self._started else None
         if main is None:
             raise RuntimeError(f"the job has ended, see {self.log}")
+        return main
+
+    def workers(self) -> list[psutil.Process]:
+        """The Python workers of the job."""
         found = []
-        for process in main.children(recursive=True):
+        for process in self.job().children(recursive=True):
             try:
                 if WORKER in " ".join(process.cmdline()):
                     found.append(process)

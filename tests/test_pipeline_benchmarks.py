@@ -2,7 +2,9 @@
 
 import time
 
-from benchmarks import burst, operator
+import pytest
+
+from benchmarks import burst, operator, soak
 from benchmarks.operator import Turn
 
 
@@ -66,3 +68,27 @@ def test_late_answers_and_other_failures_were_accepted_and_not_in_time():
 
     assert figures["accepted_in_deadline"] == 0.98
     assert figures["others_failed"] == ["deadline"]
+
+
+def test_growth_is_of_the_windows_medians_after_the_warm_up():
+    samples = [(float(at), {"threads": 1.0 if at < 10 else 100.0 + at / 10, "state": 0.0}) for at in range(101)]
+
+    grown = soak.growth(samples, 20.0, 10.0)
+
+    assert grown["threads"] == pytest.approx(109.5 / 102.5 - 1)
+    assert grown["state"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("told", "kilobytes"),
+    [
+        (
+            " def new generation   total 9792K, used 1000K [0x1, 0x2)\n  eden space 8704K,  11% used [0x1\n"
+            " tenured generation   total 21888K, used 2000K [0x3\n Metaspace       used 500K, committed 768K",
+            3000,
+        ),
+        (" garbage-first heap   total 262144K, used 5120K [0x1\n  region size 1024K, 3 young", 5120),
+    ],
+)
+def test_javas_heap_is_read(told, kilobytes):
+    assert soak.used_kb(told) == kilobytes
