@@ -203,6 +203,26 @@ class Stack:
                 return max(vertex["parallelism"] for vertex in vertices)
         return 0
 
+    @contextlib.contextmanager
+    def disk_full(self) -> Iterator[None]:
+        """No byte more can be written to the checkpoints' file system.
+
+        Where none could be mounted, Flink's processes may write no file any further instead.
+        """
+        if not os.path.ismount(self.checkpoints):
+            with _no_more_bytes([process for name in self.cluster.parts for process in self.processes(name)]):
+                yield
+            return
+        ballast = self.checkpoints / "ballast"
+        try:
+            with contextlib.suppress(OSError), ballast.open("wb") as file:
+                while True:
+                    file.write(bytes(1 << 12))
+                    file.flush()
+            yield
+        finally:
+            ballast.unlink()
+
     def logs(self) -> list[Path]:
         """Flink's log files."""
         return sorted(self.cluster.logs.glob("*"))
@@ -237,6 +257,19 @@ def _wait(done: Callable[[], Any], what: str, patience: float = 30.0) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{what} did not answer within {patience:.0f} s")
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _no_more_bytes(processes: list[psutil.Process]) -> Iterator[None]:
+    before = [(process, process.rlimit(psutil.RLIMIT_FSIZE)) for process in processes]
+    try:
+        for process, (_, hard) in before:
+            process.rlimit(psutil.RLIMIT_FSIZE, (0, hard))
+        yield
+    finally:
+        for process, limits in before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.rlimit(psutil.RLIMIT_FSIZE, limits)
 
 
 @contextlib.contextmanager
