@@ -23,7 +23,7 @@ from benchmarks.faults.stack import Stack
 from flink_llm.local import processes
 
 KEYS = 1000
-RATE, QUICK_RATE = 200, 100
+RATE, QUICK_RATE = 200, 80
 RECORDS, QUICK_RECORDS = 100_000, 1_000
 _COLUMNS = ("blows", "in_flight", "recovery_s")
 _COUNTS = Tally.__struct_fields__

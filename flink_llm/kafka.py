@@ -14,6 +14,7 @@ from pyflink.common import Types, WatermarkStrategy
 from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StreamTableEnvironment
 
+from flink_llm import environment
 from flink_llm.errors import ConfigError
 from flink_llm.kafka_settings import KafkaSettings, check_transaction_timeout
 
@@ -109,8 +110,8 @@ def sink(
 
     Exactly once is transactional, in the pooled naming: `uid` and the consumer group name the
     transactions, so they must differ between jobs on one broker. Raises ConfigError when the broker's
-    maximum forbids the transaction timeout, when `stream` lacks a field of `OUTBOUND`, or where Flink has
-    no Kafka connector.
+    maximum forbids the transaction timeout, when checkpoints may last longer than it, when `stream` lacks
+    a field of `OUTBOUND`, or where Flink has no Kafka connector.
     """
     if not topics:
         raise ConfigError(f"{uid}: a sink needs at least one topic")
@@ -129,6 +130,10 @@ def sink(
     }
     if delivery == "exactly_once":
         check_transaction_timeout(settings)
+        environment.bound_transactions(
+            stream.get_execution_environment(),
+            None if settings.resume_after_timeout else settings.transaction_timeout_ms,
+        )
         options |= {
             "sink.transaction-naming-strategy": "pooling",
             "sink.transactional-id-prefix": f"{settings.group}-{uid}",

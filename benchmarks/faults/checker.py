@@ -11,6 +11,9 @@ from msgspec import Struct
 
 from benchmarks import pipeline
 
+TOKENS_S = 90.0
+"""A client whose broker died may take so long to read on."""
+
 
 class Sender:
     """Sends requests `r0`, `r1`, … at a rate from a thread while it is `on`. A context manager."""
@@ -109,20 +112,29 @@ class Checker:
         """How many requests have an outcome."""
         return len(self._times)
 
+    def torn(self, name: str) -> bool:
+        """Whether the text of a result is not what its tokens, read by the rule, put together."""
+        result = self._results.get(name)
+        if result is None:
+            return False
+        pieces = self._pieces.get((name, result["generation_id"]), {})
+        ordered = sorted(pieces)
+        return "".join(pieces[number] for number in ordered) != result["text"] or ordered != list(range(len(ordered)))
+
     def judge(self, first: int, sent: int) -> Tally:
-        """Of the requests `r<first>` up to `r<sent>`; forgets their texts."""
+        """Of the requests `r<first>` up to `r<sent>`, once the tokens are read; forgets their texts."""
         names = [f"r{number}" for number in range(first, sent)]
+        deadline = time.monotonic() + TOKENS_S
+        while any(self.torn(name) for name in names) and time.monotonic() < deadline:
+            time.sleep(0.5)
         found = Tally(requests=len(names))
         for name in names:
             found.lost += self._times[name] == 0
             found.duplicated += max(0, self._times[name] - 1)
             found.failures += self._failed[name]
+            found.torn_texts += self.torn(name)
             result = self._results.pop(name, None)
-            if result is not None:
-                found.not_stop += result["finish_reason"] != "stop"
-                pieces = self._pieces.get((name, result["generation_id"]), {})
-                read = "".join(pieces[number] for number in sorted(pieces))
-                found.torn_texts += read != result["text"] or sorted(pieces) != list(range(len(pieces)))
+            found.not_stop += result is not None and result["finish_reason"] != "stop"
         found.torn_texts += len(self._contradictions)
         found.state_errors = sum(self._counts[key] != number for key, number in self._per_key.items())
         self._contradictions.clear()

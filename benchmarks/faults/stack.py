@@ -33,8 +33,8 @@ TASK_MANAGERS, SLOTS, PARALLELISM, PARTITIONS = 2, 2, 2, 4
 CHECKPOINT_MS = 200
 CHECKPOINT_DISK = "96m"
 START_S = 180.0
-SCRIPT = Script(text="{last}", tokens=4, first_ms=1000, gap_ms=200)
-"""A generation lasts 1.6 s: at 100 requests a second some 160 are in flight, each half way through its tokens."""
+SCRIPT = Script(text="{last}", tokens=4, first_ms=1500, gap_ms=500)
+"""A generation lasts 3 s: at 80 requests a second some 240 are in flight, half of them amid their tokens."""
 ADAPTIVE = {
     "jobmanager.scheduler": "adaptive",
     "jobmanager.adaptive-scheduler.executing.cooldown-after-rescaling": "1 s",
@@ -215,10 +215,11 @@ class Stack:
             return
         ballast = self.checkpoints / "ballast"
         try:
-            with contextlib.suppress(OSError), ballast.open("wb") as file:
-                while True:
-                    file.write(bytes(1 << 12))
-                    file.flush()
+            with ballast.open("wb", buffering=0) as file:
+                for size in (1 << 20, 1 << 12):
+                    with contextlib.suppress(OSError):
+                        while file.write(bytes(size)) == size:
+                            pass
             yield
         finally:
             ballast.unlink()

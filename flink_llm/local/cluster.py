@@ -287,6 +287,8 @@ class Cluster:
             "high-availability.type": "zookeeper",
             "high-availability.zookeeper.quorum": f"127.0.0.1:{self._zookeeper}",
             "high-availability.storageDir": (self._home / "ha").as_uri(),
+            # A job manager that died is its jobs' leader until its session ends.
+            "high-availability.zookeeper.client.session-timeout": 10_000,
             "zookeeper.heap.mb": 128,
         }
 
