@@ -34,7 +34,10 @@ def measure(folder: Path, names: Sequence[str], *, records: int, rate: float, te
     rows: list[Row] = []
     with Stack(folder) as stack:
         servers = stack.broker.bootstrap_servers
-        with Sender(servers, stack.topics["requests"], rate, KEYS) as sender, Checker(servers, stack.topics) as checker:
+        with (
+            Checker(servers, stack.topics) as checker,
+            Sender(servers, stack.topics["requests"], rate, KEYS, lambda: checker.answered) as sender,
+        ):
             run = Run(stack, sender, checker, records)
             cold_start = run.cold_start()
             tell(f"cold start {cold_start:.1f} s" + ("" if stack.redis else "; no redis-server: features from sqlite"))

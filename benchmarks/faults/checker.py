@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer
@@ -11,15 +12,20 @@ from msgspec import Struct
 
 from benchmarks import pipeline
 
+OPEN = 600
 TOKENS_S = 90.0
 """A client whose broker died may take so long to read on."""
 
 
 class Sender:
-    """Sends requests `r0`, `r1`, … at a rate from a thread while it is `on`. A context manager."""
+    """Sends requests `r0`, `r1`, … at a rate from a thread while it is `on`. A context manager.
 
-    def __init__(self, servers: str, topic: str, rate: float, keys: int) -> None:
+    It pauses while `OPEN` have no outcome, so that an outage leaves no backlog of its length behind.
+    """
+
+    def __init__(self, servers: str, topic: str, rate: float, keys: int, answered: Callable[[], int]) -> None:
         self.sent = 0
+        self._answered = answered
         self.on = threading.Event()
         self.refused: list[str] = []
         self._topic, self._rate, self._keys = topic, rate, keys
@@ -49,6 +55,8 @@ class Sender:
             now = time.monotonic()
             due = max(due + 1 / self._rate, now - 0.1)
             time.sleep(max(0.0, due - now))
+            if self.sent - self._answered() >= OPEN:
+                continue
             ((key, value),) = pipeline.requests(self.sent, 1, self._keys)
             future = self._producer.send(self._topic, key=key, value=value)
             future.add_errback(lambda error: self.refused.append(str(error)))
