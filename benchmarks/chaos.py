@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 
 from benchmarks.faults.checker import Checker, Sender, Tally
-from benchmarks.faults.scenarios import REDIS, SCENARIOS, Row, Run
-from benchmarks.faults.stack import Stack
+from benchmarks.faults.scenarios import REDIS, SCENARIOS, SHORT, Row, Run
+from benchmarks.faults.stack import PARALLELISM, Stack
 from flink_llm.local import processes
 
 KEYS = 1000
@@ -29,10 +29,12 @@ _COLUMNS = ("blows", "in_flight", "recovery_s")
 _COUNTS = Tally.__struct_fields__
 
 
-def measure(folder: Path, names: Sequence[str], *, records: int, rate: float, tell: Any = print) -> dict[str, Any]:
+def measure(
+    folder: Path, names: Sequence[str], *, records: int, rate: float, parallelism: int = PARALLELISM, tell: Any = print
+) -> dict[str, Any]:
     """Runs scenarios on one job; see the module. `tell` is given a line of the table at a time."""
     rows: list[Row] = []
-    with Stack(folder) as stack:
+    with Stack(folder, parallelism) as stack:
         servers = stack.broker.bootstrap_servers
         with (
             Checker(servers, stack.topics) as checker,
@@ -99,7 +101,7 @@ def main() -> None:
     records = args.records or (QUICK_RECORDS if args.quick else RECORDS)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="flink-llm-chaos-") as folder, processes.cleaned_up(lambda: None):
-        names = args.scenario or list(SCENARIOS)
+        names = args.scenario or [name for name in SCENARIOS if name != SHORT]
         rate = QUICK_RATE if args.quick else RATE
         found = measure(Path(folder), names, records=records, rate=rate, tell=lambda line: print(line, flush=True))
     found["minutes"] = round((time.monotonic() - began) / 60, 1)

@@ -115,6 +115,9 @@ SCENARIOS: dict[str, list[Blow]] = {
     "full-disk": [fill_disk],
     "rescale": [rescale(width) for width in (1, 2, 3, 2, 1, PARALLELISM)],
 }
+SHORT = "short"
+"""The scenario of `make test`, which no other run needs: several blows, counted once."""
+SCENARIOS[SHORT] = [kill("worker"), kill("host"), kill("broker"), kill("taskmanager")]
 
 
 class Run:

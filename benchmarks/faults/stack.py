@@ -48,10 +48,11 @@ RESTARTS = {
 
 
 class Stack:
-    """All of it, below `folder`. A context manager; leaves nothing running."""
+    """All of it, below `folder`, its job in `parallelism` subtasks. A context manager; leaves nothing running."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, parallelism: int = PARALLELISM) -> None:
         self.folder = folder
+        self._parallelism = parallelism
         self._job_folder = folder / "job"
         self.checkpoints = folder / "checkpoints"
         self.job_id = ""
@@ -104,7 +105,7 @@ class Stack:
         if self.redis:
             self.start("redis")
         self.settings = self._settings()
-        os.environ["PYTHONPATH"] = str(ROOT)  # for the client and the workers: benchmarks are not installed
+        closing.enter_context(_importable())
         closing.callback(self._end_workers)
         closing.callback(self.cluster.down)
         self.cluster.up()
@@ -122,7 +123,7 @@ class Stack:
             bootstrap_servers=f"127.0.0.1:{self._kafka_proxy}", folder=str(self._job_folder), topics=self.topics,
             handler="Counted", script=SCRIPT, features=features,
             flink=FlinkSettings(
-                parallelism=PARALLELISM, delivery="exactly_once", checkpoint_interval_ms=CHECKPOINT_MS,
+                parallelism=self._parallelism, delivery="exactly_once", checkpoint_interval_ms=CHECKPOINT_MS,
                 checkpoint_dir=str(self.checkpoints), expected_rate=200, properties=RESTARTS,
             ),
             operator=OperatorSettings(capacity=512, deadline=600, remember_s=30),
@@ -240,6 +241,20 @@ class Stack:
         for process in [*self.processes("host"), *_with_argument(str(self.folder))]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """The client and the workers find the benchmarks, which are not installed."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _with_argument(text: str) -> list[psutil.Process]:
