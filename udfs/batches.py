@@ -120,7 +120,7 @@ class Batches:
     def __init__(self, name: str, kind: str, function: RowFunction, services: Services, job: str) -> None:
         self._name = name
         self._kind = kind
-        self._handler = _Handler(function)
+        self._handler = type(name, (_Handler,), {})(function)  # logs name a handler by its class
         settings = OperatorSettings(job=job, operator=f"sql.{name}", capacity=AT_ONCE, deadline=None, remember_s=0)
         self._runner = Runner(self._handler, services, settings)
         self.metrics = self._runner.metrics

@@ -4,7 +4,6 @@ import json
 
 import msgspec
 import pytest
-from pyflink.common import Row
 from pyflink.table import DataTypes, StreamTableEnvironment
 
 from flink_llm import environment
@@ -64,13 +63,19 @@ def test_each_answer_is_on_its_row(tables):
 
 
 def test_nulls_and_failures_are_null_and_the_row_form_says_why(tables):
-    found = rows(tables, "SELECT id, llm_generate(model, text), llm_generate_row(model, text) FROM texts")
-    told = {i: row and tuple(row)[:3] for i, _, row in found}
-    assert {i: text for i, text, _ in found} == {1: "one", 2: None, 3: None, 4: None, 5: None}
-    assert told[1] == ("one", None, None)
-    assert told[2] is None
-    assert told[3] == (None, "context_overflow", "scripted")
-    assert told[5] == (None, "unknown_model", "models: unknown name 'eco'; did you mean 'echo'?")
+    found = rows(
+        tables,
+        """SELECT id, llm_generate(model, text), r.`value`, r.error_code, r.error_message, r IS NULL
+           FROM (SELECT id, model, text, llm_generate_row(model, text) AS r FROM texts)""",
+    )
+    unknown = "models: unknown name 'eco'; did you mean 'echo'?"
+    assert sorted(found) == [
+        (1, "one", "one", None, None, False),
+        (2, None, None, None, None, True),
+        (3, None, None, "context_overflow", "scripted", False),
+        (4, None, None, None, None, True),
+        (5, None, None, "unknown_model", unknown, False),
+    ]
 
 
 def test_options_are_json_or_a_map(tables):
@@ -91,15 +96,15 @@ def test_encoders_and_typed_rows(tables):
         tables,
         """SELECT llm_embed('vectors', text), llm_embed('vectors', text, '{"dimensions": 2}'),
                   llm_classify('moods', text), llm_classify_row('moods', text).score,
-                  extract_order('orders', text), extract_order('echo', text),
+                  extract_order('orders', text).order_id, extract_order('orders', text).tags,
+                  extract_order('orders', text).address, extract_order('echo', text) IS NULL,
                   llm_extract('orders', text, '{"type": "object", "properties": {"order_id": {"type": "integer"}}}')
            FROM texts WHERE id = 1""",
     )
-    [(vector, short, label, score, order, none, extracted)] = found
+    [(vector, short, label, score, *order, none, extracted)] = found
     assert len(vector) == 4 and short == vector[:2]
     assert (label, score) == ("good", 0.5)
-    assert tuple(order) == (7, ["a", "b"], '{"city":"Ulm"}')
-    assert none is None
+    assert (order, none) == ([7, ["a", "b"], '{"city":"Ulm"}'], True)
     assert json.loads(extracted)["order_id"] == 7
 
 
@@ -121,7 +126,3 @@ def test_features_are_looked_up_by_their_keys(tables):
     tables.create_temporary_system_function("feature_lookup", sql._function("feature_lookup", Fakes()))
     found = dict(rows(tables, "SELECT id, feature_lookup('customers', id) FROM texts"))
     assert found == {1: '{"tier":"gold"}', **dict.fromkeys((2, 3, 4, 5))}
-
-
-def test_rows_are_plain():
-    assert Row
