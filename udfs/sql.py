@@ -8,7 +8,7 @@
 
 NULL in the model, the text or a key gives NULL. So does a row that fails; the function of the same name
 with `_row` behind it says why: a ROW of `value`, `error_code`, `error_message` and more. `extractor` makes a
-function that gives a typed ROW. docs/sql.md is the public reference.
+function that gives a typed ROW.
 """
 
 import os
