@@ -41,7 +41,7 @@ _INFRASTRUCTURE = (Outage, ConnectionError, MemoryError)
 class Runner:
     """Runs `udf` for one subtask. `start`, then `submit` from one thread, `close` at the end.
 
-    `clock` gives seconds and never goes back; `delay` draws how long to wait before a retry.
+    `clock` gives seconds and never goes back, `wall` those since the epoch; a test's `loop` may have a time of its own.
     """
 
     def __init__(
@@ -51,8 +51,11 @@ class Runner:
         settings: OperatorSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self.settings = settings
+        self.wall = wall
         self.name = type(udf).__name__
         self.takes, self._returns = signature_of(udf)
         self.stateful = udf.stateful
@@ -63,7 +66,7 @@ class Runner:
         self._udf = udf
         self._services = services
         self._context = Context(services, self.metrics, logging.getLogger(f"flink_llm.handler.{self.name}"))
-        self._loop = asyncio.new_event_loop()
+        self._loop = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name=f"flink-llm {self.name}", daemon=True)
         self._inbox: deque[Call | Callable[[], None]] = deque()
         self._woken = False
@@ -172,7 +175,7 @@ class Runner:
         # The clock stands still across a restore too; how much had been used up is written nowhere.
         excused = call.restored and self.settings.on_outage == "wait"
         try:
-            limit = call.time_left(self.settings.deadline, time.time() * 1000, excused=excused)
+            limit = call.time_left(self.settings.deadline, self.wall() * 1000, excused=excused)
         except RecordError as error:
             self._turns.enter(call)
             return self._end(call, Failed(error.code, error.message))
