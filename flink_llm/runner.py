@@ -61,6 +61,7 @@ class Runner:
         self.stateful = udf.stateful
         self.metrics = Metrics()
         self.event_times = EventTimes()
+        self.opened = False
         self.places = Places(settings.capacity + settings.capacity // READ_AHEAD, clock)
         self.clock = RecordClock(lambda: services.outage_since, stops=settings.on_outage == "wait", clock=clock)
         self._udf = udf
@@ -150,6 +151,7 @@ class Runner:
             raise FlinkLlmError(f"{self.name}.open failed: {_told(error)}") from error
         await self._services.start()
         self._ticker = asyncio.create_task(self._tick())
+        self.opened = True
 
     async def _close(self) -> None:
         self._closing = True
