@@ -40,7 +40,7 @@ CLOSE_S = 10.0
 class Runner:
     """Runs `udf` for one subtask. `start`, then `submit` from one thread, `close` at the end.
 
-    `clock` gives seconds and never goes back.
+    `clock` gives seconds and never goes back, `wall` those since the epoch; a test's `loop` may have a time of its own.
     """
 
     def __init__(
@@ -50,19 +50,23 @@ class Runner:
         settings: OperatorSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self.settings = settings
+        self.wall = wall
         self.name = type(udf).__name__
         self.takes, self._returns = signature_of(udf)
         self.stateful = udf.stateful
         self.metrics = Metrics()
         self.event_times = EventTimes()
+        self.opened = False
         self.places = Places(settings.capacity + settings.capacity // READ_AHEAD, clock)
         self.clock = RecordClock(lambda: services.outage_since, stops=settings.on_outage == "wait", clock=clock)
         self._udf = udf
         self._services = services
         self._context = Context(services, self.metrics, logging.getLogger(f"flink_llm.handler.{self.name}"))
-        self._loop = asyncio.new_event_loop()
+        self._loop = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name=f"flink-llm {self.name}", daemon=True)
         self._inbox: deque[Call | Callable[[], None]] = deque()
         self._woken = False
@@ -109,7 +113,7 @@ class Runner:
         if self._shedder is None or (self.settings.on_outage == "wait" and self._services.outage_since is not None):
             return None
         try:
-            left = call.time_left(self.settings.deadline, time.time() * 1000, since_ms=call.timestamp)
+            left = call.time_left(self.settings.deadline, self.wall() * 1000, since_ms=call.timestamp)
         except RecordError:
             return None
         if left is None:
@@ -174,6 +178,7 @@ class Runner:
             raise FlinkLlmError(f"{self.name}.open failed: {_told(error)}") from error
         await self._services.start()
         self._ticker = asyncio.create_task(self._tick())
+        self.opened = True
 
     async def _close(self) -> None:
         self._closing = True
@@ -200,7 +205,7 @@ class Runner:
         excused = call.restored and self.settings.on_outage == "wait"
         try:
             since_ms = None if excused else call.arrived_ms
-            limit = call.time_left(self.settings.deadline, time.time() * 1000, since_ms=since_ms)
+            limit = call.time_left(self.settings.deadline, self.wall() * 1000, since_ms=since_ms)
         except RecordError as error:
             self._turns.enter(call)
             return self._end(call, Failed(error.code, error.message))
