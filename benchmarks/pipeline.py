@@ -36,21 +36,30 @@ WORKER = "pyflink.fn_execution.beam.beam_boot"
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """One run. `handler` is a class of benchmarks.handlers."""
+    """One run. `handler` is a class of benchmarks.handlers; `more` are models beside "scripted", by name."""
 
     bootstrap_servers: str
     folder: str
     topics: dict[str, str]
     handler: str = "Echo"
     script: Script = Script()
+    more: dict[str, Script] = {}
     flink: FlinkSettings = FlinkSettings()
     operator: OperatorSettings = OperatorSettings()
     features: FeatureSettings | None = None
 
     @property
     def gauge(self) -> str:
-        """The file in which the handler says how many calls are in flight."""
+        """Of the files in which the workers' handlers say how many calls are in flight."""
         return f"{self.folder}/in-flight"
+
+    def in_flight(self) -> int:
+        """Calls in flight, as the handlers of the workers that are alive last said."""
+        found = 0
+        for file in Path(self.folder).glob("in-flight.*"):
+            with contextlib.suppress(OSError, ValueError):
+                found += int(file.read_text()) if psutil.pid_exists(int(file.suffix[1:])) else 0
+        return found
 
 
 def job(settings: Settings) -> None:
@@ -60,22 +69,29 @@ def job(settings: Settings) -> None:
     from flink_llm.udfs.async_operator import apply
 
     chosen = getattr(handlers, settings.handler)
-    udf = chosen(settings.gauge) if settings.handler == "Counted" else chosen()
-    scripts = Path(settings.folder) / "scripts.json"
-    scripts.write_bytes(msgspec.json.encode({"scripted": settings.script}))
-    host = HostSettings(launcher="flink_llm.testing", launcher_args=[str(scripts)], linger_s=5.0, device="cpu")
+    counted = settings.handler == "Counted"
+    udf = chosen(settings.gauge, features=settings.features is not None) if counted else chosen()
+    scripts = {"scripted": settings.script, **settings.more}
+    host = scripted_host(Path(settings.folder), scripts)
     env = environment.environment(settings.flink.properties)
     environment.configure(env, settings.flink, capacity=settings.operator.capacity)
     tables = environment.tables(env)
     servers = KafkaSettings(bootstrap_servers=settings.bootstrap_servers, group=Path(settings.folder).name)
     requests = kafka.source(tables, servers, [settings.topics["requests"]], uid="requests")
-    services = ServiceSettings(models={"scripted": "scripted"}, host=host, features=settings.features)
+    services = ServiceSettings(models={name: name for name in scripts}, host=host, features=settings.features)
     out = apply(requests, udf, key="session_id", uid="bench", settings=settings.operator, services=services)
     delivery = settings.flink.delivery
     kafka.sink(tables, out.results, servers, [settings.topics["responses"]], uid="responses", delivery=delivery)
     kafka.sink(tables, out.partials, servers, [settings.topics["tokens"]], uid="tokens")
     kafka.sink(tables, out.failures, servers, [settings.topics["failures"]], uid="failures", delivery=delivery)
     env.execute("benchmark")
+
+
+def scripted_host(folder: Path, scripts: dict[str, Script]) -> HostSettings:
+    """A real host whose models say what `scripts` tell them to; one folder, one host."""
+    file = folder / "scripts.json"
+    file.write_bytes(msgspec.json.encode(scripts))
+    return HostSettings(launcher="flink_llm.testing", launcher_args=[str(file)], linger_s=5.0, device="cpu")
 
 
 @contextlib.contextmanager
@@ -116,13 +132,17 @@ class Pipeline:
         if self._started is not None:
             processes.stop(self._started, 5)
 
-    def workers(self) -> list[psutil.Process]:
-        """The Python workers of the job."""
+    def job(self) -> psutil.Process:
+        """The job's own process, below which its Java and its workers are. Raises RuntimeError when it has ended."""
         main = self._started.process() if self._started else None
         if main is None:
             raise RuntimeError(f"the job has ended, see {self.log}")
+        return main
+
+    def workers(self) -> list[psutil.Process]:
+        """The Python workers of the job."""
         found = []
-        for process in main.children(recursive=True):
+        for process in self.job().children(recursive=True):
             try:
                 if WORKER in " ".join(process.cmdline()):
                     found.append(process)
@@ -133,19 +153,12 @@ class Pipeline:
     def kill_worker(self, at_least: int = 1) -> int:
         """kill -9 of every Python worker, once `at_least` calls are in flight; how many were, 0 for no blow."""
         workers = self.workers()  # looked up before the count is read: a burst may end meanwhile
-        in_flight = self.in_flight()
+        in_flight = self.settings.in_flight()
         if not workers or in_flight < at_least:
             return 0
         for process in workers:
             os.kill(process.pid, signal.SIGKILL)
         return in_flight
-
-    def in_flight(self) -> int:
-        """Calls in flight, as the handler last said."""
-        try:
-            return int(Path(self.settings.gauge).read_text() or 0)
-        except (OSError, ValueError):
-            return 0
 
 
 def rest(port: int, path: str) -> Any:

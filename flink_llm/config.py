@@ -79,6 +79,8 @@ class Operator(Section, frozen=True, kw_only=True):
     deadline: Annotated[float, Meta(gt=0)] | None = 60.0
     ordered: bool = False
     on_outage: Literal["wait", "deadline"] = "wait"
+    retries: Annotated[int, Meta(ge=0)] = 4
+    shed: bool = False
     remember_s: Annotated[float, Meta(ge=0)] = 600.0
     max_result_bytes: Annotated[int, Meta(ge=1)] = 1_000_000
     keep_payload: bool = False

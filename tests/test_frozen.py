@@ -100,7 +100,7 @@ def arrived(request_id, offset):
 
 
 def test_what_a_shard_writes(monkeypatch):
-    monkeypatch.setattr(shard, "_now_ms", lambda: EXPIRY_MS - 600_000)
+    monkeypatch.setattr(shard.Shard, "_now_ms", lambda self: EXPIRY_MS - 600_000)
     with Harness(Counting(ends=False), settings=NO_LIMITS) as harness:
         list(harness.shard.receive(arrived("r1", 0)))
         harness.finish()
