@@ -97,7 +97,7 @@ def answers(folder: Path, asked: Sequence[Dialogue]) -> list[dict[str, Any]]:
         job_settings(), model=str(folder)
     )  # these services take a model's name for its folder
     settings = OperatorSettings(capacity=len(asked), deadline=None)
-    with Harness(Generate(chat), Services(asked), settings=settings) as run:
+    with Harness(Generate(chat), Services(asked), settings=settings, real_time=True) as run:
         for number, dialogue in enumerate(asked):
             messages = [Message(**message) for message in dialogue.messages]
             name = str(number)

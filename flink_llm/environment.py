@@ -131,7 +131,7 @@ def environment(properties: dict[str, str] | None = None, *, kafka: bool = True)
         jars.java()  # a Configuration is an object of Flink's, and starts Java
     configuration = Configuration()
     if local:
-        _leave_loopback()
+        leave_loopback()
         configuration.set_string("python.executable", sys.executable)
         if kafka:
             configuration.set_string("pipeline.jars", jars.connector_jar().as_uri())
@@ -168,7 +168,8 @@ def submitted() -> bool:
     return "PYFLINK_GATEWAY_PORT" in os.environ and os.environ.get("FLINK_LLM_LOCAL") != "1"
 
 
-def _leave_loopback() -> None:
+def leave_loopback() -> None:
+    """Has Python run in processes of its own from now on, as on a cluster."""
     # The option python.execution-mode alone does not leave the mini-cluster's in-client "loopback".
     os.environ["_python_worker_execution_mode"] = "process"
     os.environ["FLINK_LLM_LOCAL"] = "1"

@@ -6,7 +6,6 @@ the outcome, never both and never neither. `flink_llm.kept` says what is kept, a
 are mirrored in memory, since asking Flink for something it does not have is a blocking round trip.
 """
 
-import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 
@@ -71,7 +70,7 @@ class Shard:
 
     def receive(self, data: bytes) -> Iterator[Output]:
         """Takes one arrival in. Waits for a place; gives what needs no call at once."""
-        yield from self._admit(self._next, data, _now_ms())
+        yield from self._admit(self._next, data, self._now_ms())
 
     def drain(self) -> Iterator[Output]:
         """Gives all that is ready: partials, and outcomes together with their changes of state."""
@@ -96,7 +95,7 @@ class Shard:
 
     def beat(self) -> None:
         """Writes down that the shard is alive: `alive_ms` of a restored one is when it last was."""
-        self._kept.set_meta(self._settings.shards, self._settings.max_parallelism, _now_ms())
+        self._kept.set_meta(self._settings.shards, self._settings.max_parallelism, self._now_ms())
 
     # Arrival.
 
@@ -112,7 +111,7 @@ class Shard:
             call = Call(self, sequence, arrival, None, arrived_ms)
             call.outcome = Failed(error.code, error.message)
         else:
-            call.outcome = self._remembered(call)
+            call.outcome = self._remembered(call) or (None if restored else self.runner.refusal(call))
         if call.outcome is not None and not self._settings.ordered:
             yield from self._settle(call)
             if restored:
@@ -132,7 +131,7 @@ class Shard:
         if call.identity is None:
             return None
         known = self._answers.get(call.identity[1])
-        if known is None or known.expiry <= _now_ms():
+        if known is None or known.expiry <= self._now_ms():
             return None
         if known.payload_hash != call.payload_hash:
             return conflict(call.request_id)
@@ -197,15 +196,15 @@ class Shard:
             return
         digest = call.identity[1]
         known = self._answers.get(digest)
-        if known is not None and known.expiry > _now_ms():
+        if known is not None and known.expiry > self._now_ms():
             return  # a repeat, whose first answer stays the one remembered
-        new = Remembered(digest, call.payload_hash, _now_ms() + int(self._settings.remember_s * 1000))
+        new = Remembered(digest, call.payload_hash, self._now_ms() + int(self._settings.remember_s * 1000))
         self._answers[digest] = new
         self._expiries.append(new)
         self._kept.add_answer(new, result.value, result.topic)
 
     def _purge(self) -> None:
-        now = _now_ms()
+        now = self._now_ms()
         for _ in range(PURGE_PER_DRAIN):
             if not self._expiries or self._expiries[0].expiry > now:
                 return
@@ -229,7 +228,7 @@ class Shard:
             partition=arrival.partition,
             offset=arrival.offset,
             handler=self.runner.name,
-            failed_at=_now_ms(),
+            failed_at=self._now_ms(),
             headers=headers,
             generation_id=failed.generation_id,
             payload_sha256=call.payload_hash.hex(),
@@ -249,6 +248,9 @@ class Shard:
             name: header for name, header in arrival.headers.items() if header is not None and name != DEADLINE_HEADER
         }
         return Output(kind, key, value, headers, topic, arrival.timestamp)
+
+    def _now_ms(self) -> int:
+        return int(self.runner.wall() * 1000)
 
     # State of an earlier run.
 
@@ -287,7 +289,3 @@ def _raw_request_id(arrival: Arrival) -> str | None:
         return None
     found = value.get("request_id") if isinstance(value, dict) else None
     return str(found)[:256] if isinstance(found, (str, int)) else None
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)

@@ -1,28 +1,17 @@
-"""A real broker for the whole session, and topics of its own for each test."""
+"""The library's own fixtures, by the names that these tests call them."""
 
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from flink_llm.local.broker import Broker, create_topics
+from flink_llm.local.broker import Broker
 
 
 @pytest.fixture(scope="session")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    broker = Broker(tmp_path_factory.mktemp("broker"))
-    broker.up([])
-    yield broker
-    broker.wipe()
+def broker(flink_llm_broker: Broker) -> Broker:
+    return flink_llm_broker
 
 
 @pytest.fixture
-def topics(broker: Broker) -> Callable[..., list[str]]:
-    """Makes topics with names of their own: `topics("requests", "responses")`."""
-
-    def make(*names: str, partitions: int = 1) -> list[str]:
-        made = [f"{name}.{uuid.uuid4().hex[:8]}" for name in names]
-        create_topics(broker.bootstrap_servers, [f"{name}:{partitions}" for name in made])
-        return made
-
-    return make
+def topics(flink_llm_topics: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return flink_llm_topics

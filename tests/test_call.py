@@ -287,10 +287,10 @@ def test_a_reply_that_has_not_begun_by_its_deadline_is_a_failure_that_can_be_sen
 
 
 def test_a_reply_that_an_outage_kept_from_beginning_says_outage():
-    services = FakeServices({"echo": Script(first_ms=5000)})
-    services.outage_since = time.monotonic()
+    services = FakeServices({"echo": Script(first_ms=5000)}, {"other": {}})
     settings = OperatorSettings(on_outage="deadline")
     with Harness(Asking(), services, settings=settings) as run:
+        run.outage(1.0, of="other")
         run.send(request(1, deadline=0.1))
         run.finish()
     assert [failure["code"] for failure in run.failures()] == ["outage"]
@@ -324,7 +324,7 @@ def test_a_record_that_brings_its_part_down_while_others_are_answered_ends_at_it
         run.send({"request_id": "bad", "session_id": "s", "deadline": 0.3})
         for number in range(60):
             run.send({"request_id": f"r{number}", "session_id": "s"})
-            time.sleep(0.02)
+            run.advance(0.02)
         run.finish()
     assert [failure["code"] for failure in run.failures()] == ["outage"]
     assert len(run.results()) == 60
@@ -346,7 +346,6 @@ def test_a_record_waits_out_what_nobody_is_answered_by():
 
 
 def test_the_wait_before_another_try_may_outlast_the_outage():
-    services = FakeServices()
     up = threading.Event()
 
     async def call(request, ctx):
@@ -355,13 +354,12 @@ def test_the_wait_before_another_try_may_outlast_the_outage():
             raise Outage("told to")
         return {"ok": True}
 
-    with Harness(Doing(call), services) as run:
+    with Harness(Doing(call)) as run:
         run.send({"request_id": "r", "session_id": "s", "deadline": 0.3})
         run.send({"request_id": "other", "session_id": "s"})  # answered while the first attempt runs
-        services.outage_since = time.monotonic()
-        time.sleep(1.0)
+        run.outage(1.0)
+        run.advance(1.0)
         up.set()
-        services.outage_since = None
         run.finish()
     assert not run.failures()
     assert len(run.results()) == 2

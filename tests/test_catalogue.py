@@ -216,5 +216,7 @@ def test_any_object_gets_features():
     services = FakeServices(features=CUSTOMERS)
     known, unknown = ({"id": name, "who": name} for name in ("user-1", "user-2"))
     results = run(Enrich("customer", {"user_id": "who"}), known, unknown, services=services, key="id").results()
-    assert results[0] == {**known, "features": {"first_name": "Ada", "open_orders": 2}, "feature_age_s": 0.0}
-    assert results[1] == {**unknown, "features": {}, "feature_age_s": None}
+    there = {"user_id": "user-1", "first_name": "Ada", "open_orders": 2}
+    assert results[0] == {**known, "features": there, "feature_age_s": 0.0}
+    absent = {"user_id": "user-2", "first_name": None, "open_orders": None}
+    assert results[1] == {**unknown, "features": absent, "feature_age_s": None}

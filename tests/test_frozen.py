@@ -100,7 +100,7 @@ def arrived(request_id, offset):
 
 
 def test_what_a_shard_writes(monkeypatch):
-    monkeypatch.setattr(shard, "_now_ms", lambda: EXPIRY_MS - 600_000)
+    monkeypatch.setattr(shard.Shard, "_now_ms", lambda self: EXPIRY_MS - 600_000)
     with Harness(Counting(ends=False), settings=NO_LIMITS) as harness:
         list(harness.shard.receive(arrived("r1", 0)))
         harness.finish()
@@ -124,6 +124,21 @@ def test_a_dialogue_in_a_keys_state():
     state = {"turns": [Message("user", "x")]}
     assert codec.unpack(MESSAGES) == state
     assert codec.pack(state) == MESSAGES
+
+
+class Order(msgspec.Struct):
+    """A record that has had another version."""
+
+    number: int
+
+
+def test_a_record_of_a_later_version(monkeypatch):
+    monkeypatch.setattr(codec, "_registered", dict(codec._registered))
+    monkeypatch.setattr(codec, "_names", dict(codec._names))
+    codec.register("order", Order, version=2, upgrade=lambda old, version: {"number": old["n"]})
+    assert codec.pack(Order(7)) == b"\x01\xc7\x11\x01\x93\xa5order\x81\xa6number\x07\x02"
+    assert codec.unpack(codec.pack(Order(7))) == Order(7)
+    assert codec.unpack(b"\x01\xc7\x0b\x01\x92\xa5order\x81\xa1n\x07") == Order(7)
 
 
 LOGPROB = Logprob(id=7, text="a", logprob=-0.5, top=[Logprob(id=7, text="a", logprob=-0.5)])

@@ -7,7 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {
-    "pyflink": ["flink_llm/kafka.py", "flink_llm/environment.py", "udfs/", "jobs/"],
+    "pyflink": [
+        "flink_llm/kafka.py",
+        "flink_llm/environment.py",
+        "flink_llm/submission.py",
+        "flink_llm/pytest_plugin.py",
+        "udfs/",
+        "jobs/",
+    ],
     "feast": [
         "flink_llm/features.py",
         "flink_llm/feature_store.py",  # reads: opening and one batched read
@@ -29,6 +36,7 @@ ROOMS = {
         "flink_llm/local/",
         "flink_llm/cli.py",
         "flink_llm/environment.py",  # the mini-cluster's Java, jars and failures
+        "flink_llm/pytest_plugin.py",  # the fixtures' broker and jars
         "flink_llm/engine/launch.py",  # starts the host as a process
         "flink_llm/feature_admin.py",  # the demo's rows
         "jobs/edges.py",  # what is checked before a start on this machine

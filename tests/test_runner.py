@@ -153,11 +153,10 @@ def test_remembered_answers_expire():
     with Harness(Plain(), settings=OperatorSettings(remember_s=0.05)) as run:
         run.send(request(1))
         run.finish()
-        time.sleep(0.1)
+        run.advance(0.1)
         run.send(request(1, text="another"))  # no conflict either: the first is forgotten
         run.finish()
-        time.sleep(0.1)
-        list(run.shard.drain())
+        run.advance(0.1)
         assert not run.state.names()[1]
     assert [result["text"] for result in run.results()] == ["hello", "another"]
 
@@ -261,12 +260,9 @@ def test_an_outage_is_waited_out():
 
 
 def test_the_clock_of_a_record_stands_still_while_a_part_is_out():
-    services = FakeServices()
-    with Harness(Plain(), services) as run:
-        services.outage_since = time.monotonic()
+    with Harness(Plain()) as run:
+        run.outage(0.35)
         run.send(request(1, text="sleep 0.4", deadline=0.2))
-        time.sleep(0.35)
-        services.outage_since = None
         run.finish()
     assert len(run.results()) == 1
 
@@ -340,12 +336,12 @@ def test_an_eighth_of_the_places_is_read_ahead_and_begins_without_flinks_thread(
 
 def test_a_deadline_passes_for_what_is_read_ahead():
     Plain.release.clear()
-    with Harness(Plain(), settings=OperatorSettings(capacity=8, deadline=10)) as run:
+    with Harness(Plain(), settings=OperatorSettings(capacity=8, deadline=10), real_time=True) as run:
         for i in range(8):
             run.send(request(i, text="hold"))
         run.send(request(8, deadline=0.1))
         time.sleep(0.3)
-        run.outputs += run.shard.drain()
+        run.advance(0)
         assert [failure["code"] for failure in run.failures()] == ["deadline"]
         Plain.release.set()
         run.finish()
@@ -355,7 +351,7 @@ def test_a_deadline_passes_for_what_is_read_ahead():
 def test_a_full_operator_gives_way_after_its_patience():
     Plain.release.clear()
     settings = OperatorSettings(capacity=1)
-    with Harness(Plain(), settings=settings) as run:
+    with Harness(Plain(), settings=settings, real_time=True) as run:
         began = time.monotonic()
         run.send(request(1, text="hold"))
         run.send(request(2, text="hold"))
@@ -398,8 +394,7 @@ def test_emitting_after_the_end_is_refused():
     with Harness(Late()) as run:
         run.send(request(1))
         run.finish()
-        time.sleep(0.15)
-        run.outputs += run.shard.drain()
+        run.advance(0.1)
     assert caught == ["ctx.emit after the call has ended"]
     assert not run.partials()
 

@@ -1,7 +1,7 @@
 """What a handler holds of a language model: the model to chat with, and a reply on its way."""
 
+import asyncio
 import hashlib
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
@@ -271,12 +271,12 @@ class Generation(AsyncIterator[TokenRecord]):
         self._info.open_generations.discard(self)
         if stream is not None:
             self.timings = msgspec.structs.replace(
-                self.timings, total_ms=round((time.monotonic() - self._began) * 1000, 3)
+                self.timings, total_ms=round((asyncio.get_running_loop().time() - self._began) * 1000, 3)
             )
             stream.close()
 
     def _start(self) -> AsyncIterator[Event]:
-        self._began = time.monotonic()
+        self._began = asyncio.get_running_loop().time()
         self._info.open_generations.add(self)
         self._stream = self._engine.submit(self._work)
         self._events = aiter(self._stream)

@@ -7,7 +7,6 @@ whose listeners were lost, rather than gone, goes on for a while so that a resta
 
 import asyncio
 import logging
-import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
@@ -248,7 +247,7 @@ class WorkTable:
     def _end(self, alive: _Alive, last: Done | Fault) -> None:
         alive.done = True
         alive.listeners = []
-        alive.ended_at = time.monotonic()
+        alive.ended_at = asyncio.get_running_loop().time()
         self._alive.pop(alive.work, None)
         # A fault is worth another try, and so is what was cut short: the next try may have more time.
         if alive.kind == "generate" and isinstance(last, Done) and last.finish in ("stop", "length"):
@@ -262,7 +261,7 @@ class WorkTable:
 
     def _prune(self) -> None:
         """Forgets what is too old or too much, now and as long as there is something to forget."""
-        oldest = time.monotonic() - REMEMBER_S
+        oldest = asyncio.get_running_loop().time() - REMEMBER_S
         while self._finished and (
             len(self._finished) > REMEMBERED
             or self._finished_bytes > REMEMBERED_BYTES
