@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from flink_llm.call import OperatorSettings
 from flink_llm.handler import AsyncUdf
 from flink_llm.local.broker import Broker, create_topics
 from tests.integration.test_savepoint import Job, request
@@ -15,6 +16,8 @@ from tests.integration.test_savepoint import Job, request
 DATA = Path(__file__).parents[1] / "data"
 SAVEPOINT = DATA / "savepoint"
 TOPICS = ("stored.requests", "stored.responses", "stored.extra")
+REMEMBER_S = 100 * 365 * 86_400
+"""A hundred years: when an answer is forgotten is stored with it."""
 KEYS = ["ada", "grace", "Zoë"]
 ANSWERED = [request(number, key, text=f"hello {number}") for number, key in enumerate(KEYS)]
 IN_FLIGHT = [request(10 + number, key, text="wait", wait=True) for number, key in enumerate(KEYS)]
@@ -50,7 +53,8 @@ def main() -> None:
             create_topics(broker.bootstrap_servers, TOPICS)
             job = Job(broker, TOPICS, folder)
             job.send(*ANSWERED, *IN_FLIGHT)
-            running = job.start(udf=before(), modules=[DATA / "before" / "stored_records.py"])
+            modules = [DATA / "before" / "stored_records.py"]
+            running = job.start(udf=before(), modules=modules, settings=OperatorSettings(remember_s=REMEMBER_S))
             assert len(job.wait(len(ANSWERED))) == len(ANSWERED)
             savepoint = job.stop(running)
         finally:

@@ -45,7 +45,7 @@ class Job:
         self.requests, self.responses, self.extra = topics
         self.folder = folder
 
-    def start(self, *, parallelism=1, extra=False, savepoint=None, udf=None, modules=()):
+    def start(self, *, parallelism=1, extra=False, savepoint=None, udf=None, modules=(), settings=None):
         properties = {"restart-strategy.type": "none"}
         if savepoint:
             properties["execution.state-recovery.path"] = savepoint
@@ -59,7 +59,7 @@ class Job:
         if extra:  # before the operator, so that every number the planner gives moves
             kafka.sink(tables, stream, self.settings, [self.extra], uid="extra", delivery="exactly_once")
         udf = udf or held_until(str(self.folder / "gate"))
-        out = apply(stream, udf, key="session_id", uid="held", settings=OperatorSettings())
+        out = apply(stream, udf, key="session_id", uid="held", settings=settings or OperatorSettings())
         kafka.sink(tables, out.results, self.settings, [self.responses], uid="responses", delivery="exactly_once")
         return env.execute_async("held")
 
