@@ -97,3 +97,15 @@ class Grounded(AsyncUdf):
         customer = await self._customers.get(user_id="user-1")
         reply = await self._model.chat(request.messages, features=customer)
         return {"request_id": request.request_id, "found": customer.found, "text": reply.text}
+
+
+class Straggling(AsyncUdf):
+    """Asks the model that the message names, "scripted" where it names none."""
+
+    async def open(self, ctx: Context) -> None:
+        self._models = {name: ctx.model(name) for name in ("scripted", "slow", "never")}
+
+    async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
+        model = self._models.get(request.messages[-1].content, self._models["scripted"])
+        reply = await model.chat(request.messages)
+        return {"request_id": request.request_id, "text": reply.text}

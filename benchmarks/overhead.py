@@ -2,8 +2,9 @@
 
 The floor is a bare kafka-python loop that reads a request and writes it back (acks=all, linger 0), on
 the same broker; ours is the same echo through the async operator, the client and a zero-cost scripted
-model in a real host. Both are warm, at 200 requests a second, and alternate; the figures are medians
-over the pairs.
+model in a real host. Both are warm, at 200 requests a second (`--rate` for another), and alternate; the
+figures are medians over the pairs. Exactly once is measured with a checkpoint each 100 ms; `--table`
+measures it at 50, 100, 200 and 1,000 ms and nothing else.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from flink_llm.local.broker import create_topics
 from flink_llm.testing import Script
 
 RATE = 200
+CHECKPOINT_MS = 100
+INTERVALS_MS = (50, 100, 200, 1000)
 WARM_UP_RATE, WARM_UP_S, WARM_UP_ROUNDS = 500, 70.0, 12
 FLOOR = """
 import sys
@@ -101,14 +104,23 @@ def _warm_up(servers: str, topics: dict[str, str], level: str, seconds: float) -
 
 
 def measure(
-    servers: str, folder: Path, *, pairs: int, seconds: float, warm_up_s: float, delivery: Any, interval_ms: int
+    servers: str,
+    folder: Path,
+    *,
+    pairs: int,
+    seconds: float,
+    warm_up_s: float,
+    delivery: Any,
+    interval_ms: int,
+    rate: int = RATE,
 ) -> dict[str, Any]:
     """Alternating runs of the floor and of ours."""
     mark = uuid.uuid4().hex[:8]
     asked, answered = f"floor.requests.{mark}", f"floor.responses.{mark}"
     create_topics(servers, [asked, answered])
     floor = subprocess.Popen([sys.executable, "-c", FLOOR, servers, asked, answered])
-    flink = FlinkSettings(delivery=delivery, checkpoint_interval_ms=interval_ms)
+    expected = rate if rate > RATE else None
+    flink = FlinkSettings(delivery=delivery, checkpoint_interval_ms=interval_ms, expected_rate=expected)
     operator = OperatorSettings(remember_s=60)
     ours: list[list[float]] = []
     floors: list[list[float]] = []
@@ -121,8 +133,8 @@ def measure(
             topics = running.topics
             _warm_up(servers, topics, level, warm_up_s)
             for _ in range(pairs):
-                floors.append(latencies(servers, asked, answered, seconds, "read_uncommitted"))
-                ours.append(latencies(servers, topics["requests"], topics["responses"], seconds, level))
+                floors.append(latencies(servers, asked, answered, seconds, "read_uncommitted", rate))
+                ours.append(latencies(servers, topics["requests"], topics["responses"], seconds, level, rate))
     finally:
         floor.kill()
         floor.wait()
@@ -140,21 +152,39 @@ def measure(
     return {**middle, "p50_ratio": ratios["p50"], "p99_ratio": ratios["p99"]}
 
 
+def table(servers: str, folder: Path, pairs: int, seconds: float, warm_up_s: float) -> dict[str, Any]:
+    """Exactly once at every interval of `INTERVALS_MS`."""
+    found: dict[str, Any] = {}
+    for interval_ms in INTERVALS_MS:
+        once = measure(
+            servers, folder, pairs=pairs, seconds=seconds, warm_up_s=warm_up_s,
+            delivery="exactly_once", interval_ms=interval_ms,
+        )  # fmt: skip
+        found[f"p50_ms_at_{interval_ms}"] = round(once["ours_p50"], 1)
+        found[f"p99_ms_at_{interval_ms}"] = round(once["ours_p99"], 1)
+    return found
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short pairs: two at least once, one exactly once")
+    parser.add_argument("--rate", type=int, default=RATE, help=f"requests a second, default {RATE}")
+    parser.add_argument("--table", action="store_true", help="exactly once at each checkpoint interval, nothing else")
     args = parser.parse_args()
     pairs, seconds, warm_up_s = (2, 2.0, 4.0) if args.quick else (5, 10.0, WARM_UP_S)
     with local_kafka() as (servers, folder):
+        if args.table:
+            print(json.dumps(table(servers, folder, pairs, seconds, warm_up_s)))
+            return
         found = measure(
             servers, folder, pairs=pairs, seconds=seconds, warm_up_s=warm_up_s,
-            delivery="at_least_once", interval_ms=1000,
+            delivery="at_least_once", interval_ms=1000, rate=args.rate,
         )  # fmt: skip
         pairs, seconds, warm_up_s = (1, 2.0, 2.0) if args.quick else (pairs, seconds, warm_up_s)
         once = measure(
             servers, folder, pairs=pairs, seconds=seconds, warm_up_s=warm_up_s,
-            delivery="exactly_once", interval_ms=200,
+            delivery="exactly_once", interval_ms=CHECKPOINT_MS, rate=args.rate,
         )  # fmt: skip
     result = {
         "p50_ratio": round(found["p50_ratio"], 2), "p99_ratio": round(found["p99_ratio"], 2),

@@ -36,13 +36,14 @@ WORKER = "pyflink.fn_execution.beam.beam_boot"
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """One run. `handler` is a class of benchmarks.handlers."""
+    """One run. `handler` is a class of benchmarks.handlers; `more` are models beside "scripted", by name."""
 
     bootstrap_servers: str
     folder: str
     topics: dict[str, str]
     handler: str = "Echo"
     script: Script = Script()
+    more: dict[str, Script] = {}
     flink: FlinkSettings = FlinkSettings()
     operator: OperatorSettings = OperatorSettings()
     features: FeatureSettings | None = None
@@ -61,21 +62,27 @@ def job(settings: Settings) -> None:
 
     chosen = getattr(handlers, settings.handler)
     udf = chosen(settings.gauge) if settings.handler == "Counted" else chosen()
-    scripts = Path(settings.folder) / "scripts.json"
-    scripts.write_bytes(msgspec.json.encode({"scripted": settings.script}))
-    host = HostSettings(launcher="flink_llm.testing", launcher_args=[str(scripts)], linger_s=5.0, device="cpu")
+    scripts = {"scripted": settings.script, **settings.more}
+    host = scripted_host(Path(settings.folder), scripts)
     env = environment.environment(settings.flink.properties)
     environment.configure(env, settings.flink, capacity=settings.operator.capacity)
     tables = environment.tables(env)
     servers = KafkaSettings(bootstrap_servers=settings.bootstrap_servers, group=Path(settings.folder).name)
     requests = kafka.source(tables, servers, [settings.topics["requests"]], uid="requests")
-    services = ServiceSettings(models={"scripted": "scripted"}, host=host, features=settings.features)
+    services = ServiceSettings(models={name: name for name in scripts}, host=host, features=settings.features)
     out = apply(requests, udf, key="session_id", uid="bench", settings=settings.operator, services=services)
     delivery = settings.flink.delivery
     kafka.sink(tables, out.results, servers, [settings.topics["responses"]], uid="responses", delivery=delivery)
     kafka.sink(tables, out.partials, servers, [settings.topics["tokens"]], uid="tokens")
     kafka.sink(tables, out.failures, servers, [settings.topics["failures"]], uid="failures", delivery=delivery)
     env.execute("benchmark")
+
+
+def scripted_host(folder: Path, scripts: dict[str, Script]) -> HostSettings:
+    """A real host whose models say what `scripts` tell them to; one folder, one host."""
+    file = folder / "scripts.json"
+    file.write_bytes(msgspec.json.encode(scripts))
+    return HostSettings(launcher="flink_llm.testing", launcher_args=[str(file)], linger_s=5.0, device="cpu")
 
 
 @contextlib.contextmanager
@@ -116,13 +123,17 @@ class Pipeline:
         if self._started is not None:
             processes.stop(self._started, 5)
 
-    def workers(self) -> list[psutil.Process]:
-        """The Python workers of the job."""
+    def job(self) -> psutil.Process:
+        """The job's own process, below which its Java and its workers are. Raises RuntimeError when it has ended."""
         main = self._started.process() if self._started else None
         if main is None:
             raise RuntimeError(f"the job has ended, see {self.log}")
+        return main
+
+    def workers(self) -> list[psutil.Process]:
+        """The Python workers of the job."""
         found = []
-        for process in main.children(recursive=True):
+        for process in self.job().children(recursive=True):
             try:
                 if WORKER in " ".join(process.cmdline()):
                     found.append(process)

@@ -42,7 +42,8 @@ class Arrival(Struct, frozen=True, kw_only=True):
 
     def to_bytes(self) -> bytes:
         """The bytes that Flink carries and keeps in state until the outcome is emitted."""
-        return codec.pack([getattr(self, name) for name in self.__struct_fields__])
+        values = list(msgspec.structs.astuple(self))
+        return codec.pack_plain(values) if self.from_kafka else codec.pack(values)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Arrival":

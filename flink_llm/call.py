@@ -33,9 +33,11 @@ class OperatorSettings(Struct, frozen=True, kw_only=True):
     """How one operator runs its handler.
 
     `capacity`: calls at a time, per subtask; an eighth more is read ahead. `deadline`: seconds from
-    arrival, None for none. `remember_s`: how long a result answers repeats of its request id, 0 for not
-    at all. `reply_topics`: where `reply_to` may point. `max_result_bytes`: the largest record, key and
-    headers included, that goes out.
+    arrival, None for none. `retries`: how often a call is tried again that raised `Retriable`.
+    `remember_s`: how long a result answers repeats of its request id, 0 for not at all. `reply_topics`:
+    where `reply_to` may point. `max_result_bytes`: the largest record, key and headers included, that
+    goes out. `shed`: whether a record is refused at its arrival whose deadline, counted from Kafka's
+    timestamp, cannot be met.
     """
 
     job: str = "flink-llm"
@@ -44,6 +46,8 @@ class OperatorSettings(Struct, frozen=True, kw_only=True):
     deadline: float | None = 60.0
     ordered: bool = False
     on_outage: Literal["wait", "deadline"] = "wait"
+    retries: int = 4
+    shed: bool = False
     remember_s: float = 600.0
     reply_topics: list[str] = []
     max_result_bytes: int = 1_000_000
@@ -85,9 +89,9 @@ class Call:
     """
 
     __slots__ = (
-        "arrival", "arrived_ms", "attempt", "clock", "committed_state", "emitted", "ended", "expires_at",
+        "admitted", "arrival", "arrived_ms", "attempt", "clock", "committed_state", "emitted", "ended", "expires_at",
         "identity", "info", "key", "outcome", "payload_hash", "priority", "repeats", "reply_to",
-        "request", "request_id", "restored", "sent", "sequence", "shard", "task", "timestamp",
+        "request", "request_id", "restored", "retried", "sent", "sequence", "shard", "task", "timestamp",
     )  # fmt: skip
 
     def __init__(self, shard: "Shard", sequence: int, arrival: Arrival, request: Any, arrived_ms: int) -> None:
@@ -107,9 +111,11 @@ class Call:
         self.identity: tuple[int, bytes] | None = None
         if self.request_id is not None:
             self.identity = (shard.number, digest_of(self.key, self.request_id))
-        self.attempt = 0
+        self.attempt = 0  # tries that failed, of which `retried` the handler called worth another
+        self.retried = 0
         self.emitted = 0  # counted by the loop thread alone, `sent` by Flink's alone
         self.sent = 0
+        self.admitted: tuple[int, float, float] | None = None  # ahead of it then, seconds left, when
         self.ended = False
         self.expires_at: float | None = None
         self.clock: Callable[[], float] = lambda: 0.0
@@ -118,6 +124,11 @@ class Call:
         self.repeats: list[Call] = []
         self.task: asyncio.Task[None] | None = None
         self.info: Any = None
+
+    @property
+    def generation_id(self) -> str | None:
+        """That of its latest generation, None where there was none."""
+        return (self.info.last_generation or None) if self.info is not None else None
 
     @property
     def headers(self) -> Mapping[str, bytes | None]:
@@ -157,20 +168,19 @@ class Call:
             )
         return data
 
-    def time_left(self, default: float | None, now_ms: float, *, excused: bool) -> float | None:
-        """Seconds this record may still take: its own field, else the job's, from its arrival.
+    def time_left(self, default: float | None, now_ms: float, *, since_ms: float | None) -> float | None:
+        """Seconds this record may still take: its own field, else the job's, from `since_ms`, None being now.
 
-        What has passed since its arrival is left out if it is `excused`. The header `deadline-ms` (epoch
-        milliseconds, decimal digits) holds an absolute deadline, and goes before both. Raises RecordError
-        `invalid` for an unreadable one.
+        The header `deadline-ms` (epoch milliseconds, decimal digits) holds an absolute deadline, and goes
+        before both. Raises RecordError `invalid` for an unreadable one.
         """
         own = _field(self.request, "deadline", (int, float))
         header = self.headers.get(DEADLINE_HEADER)
         try:
             if header is None:
                 limit = default if own is None else float(own)
-                if limit is not None and not excused:
-                    limit -= max(0.0, (now_ms - self.arrived_ms) / 1000)
+                if limit is not None and since_ms is not None:
+                    limit -= max(0.0, (now_ms - since_ms) / 1000)
             else:
                 limit = (float(header) - now_ms) / 1000
         except (ValueError, OverflowError) as error:

@@ -5,17 +5,21 @@ every value is one version byte and a msgpack body holding JSON types, bytes and
 only, so that a savepoint outlives the classes of the release that wrote it.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from flink_llm.errors import RecordError, StateError
 from flink_llm.records import Message, Record, fields_of
 
 T = TypeVar("T")
+Upgrade = Callable[[dict[str, Any], int], dict[str, Any]]
 
 STATE_VERSION = 1
+_VERSION = bytes([STATE_VERSION])
 _RECORD_EXT = 1
 _to_json = msgspec.json.Encoder(decimal_format="string")
 
@@ -75,24 +79,46 @@ def _known_fields(as_type: type) -> frozenset[str]:
     return fields_of(as_type)
 
 
-_registered: dict[str, type] = {}
+class _Registered(Struct, frozen=True):
+    record_type: Any
+    version: int = 1
+    upgrade: Upgrade | None = None
+
+
+_registered: dict[str, _Registered] = {}
 _names: dict[type, str] = {}
 
 
-def register(name: str, record_type: type[T]) -> type[T]:
+def register(name: str, record_type: type[T], *, version: int = 1, upgrade: Upgrade | None = None) -> type[T]:
     """Lets `record_type` (a msgspec.Struct) stand in state under `name`.
 
-    The name, not the class's module, is what a savepoint holds: keep it when the class moves. A field
-    added with a default, or removed, restores from older bytes; fields are kept by their Python names.
-    Raises ValueError if the name is another type's, or if the type is `array_like`: its fields have no
-    names that could come and go.
+    Call it beside the class, in a module that workers import. The name, not that module, is what a
+    savepoint holds: keep it when the class moves. A field
+    added with a default restores from older bytes with that default, one that was removed is dropped;
+    fields are kept by their Python names. For what defaults cannot do (a field renamed, of another type,
+    or required) raise `version`, which is written with each record: `upgrade(fields, version)` is then
+    given the fields of an older record by name, nested records among them as they are now, and returns
+    those of today. A record of a later version is refused.
+
+    Raises ValueError if the name is another type's, for a version below 1, or if the type is `array_like`:
+    its fields have no names that could come and go.
     """
     if record_type.__struct_config__.array_like:  # type: ignore[attr-defined]
         raise ValueError(f"{record_type.__qualname__} is array_like, which state cannot hold")
-    if _registered.setdefault(name, record_type) is not record_type:
-        raise ValueError(f"the state name {name!r} belongs to {_registered[name].__qualname__}")
+    if version < 1:
+        raise ValueError(f"the version of {name!r} is {version}: versions begin at 1")
+    known = _registered.setdefault(name, _Registered(record_type, version, upgrade))
+    if known.record_type is not record_type:
+        raise ValueError(f"the state name {name!r} belongs to {known.record_type.__qualname__}")
+    if known.version != version:
+        raise ValueError(f"{name!r} is registered as version {known.version}, and as {version} now")
     _names[record_type] = name
     return record_type
+
+
+def registered() -> list[type]:
+    """The types of all records that are registered here."""
+    return list(_names)
 
 
 def is_registered(value: Any) -> bool:
@@ -119,21 +145,41 @@ def _lower(value: Any) -> Any:
     if name is None:
         return _pack_other(value)
     fields = {key: _lower(item) for key, item in msgspec.structs.asdict(value).items()}
-    return msgspec.msgpack.Ext(_RECORD_EXT, msgspec.msgpack.encode([name, fields]))
+    version = _registered[name].version
+    stamp = [version] if version > 1 else []  # a first version is written as it was before there were others
+    return msgspec.msgpack.Ext(_RECORD_EXT, msgspec.msgpack.encode([name, fields, *stamp]))
 
 
 def _unpack_ext(code: int, data: memoryview) -> Any:
     if code != _RECORD_EXT:
         raise StateError(f"state holds an extension of kind {code}, this version knows {_RECORD_EXT}")
-    name, fields = msgspec.msgpack.decode(data, ext_hook=_unpack_ext)
-    record_type = _registered.get(name)
-    if record_type is None:
-        raise StateError(f"state holds a record {name!r} that is not registered with codec.register")
-    known = {field.name: field.encode_name for field in msgspec.structs.fields(record_type)}
+    name, fields, *stamp = msgspec.msgpack.decode(data, ext_hook=_unpack_ext)
+    return _restored(name, fields, stamp[0] if stamp else 1)
+
+
+def _restored(name: str, fields: dict[str, Any], version: int) -> Any:
+    """A record of today of one that was written in `version`."""
+    known = _registered.get(name)
+    if known is None:
+        raise StateError(
+            f"state holds a record {name!r} that is not registered: codec.register it in a module that the handler "
+            "imports before its first call"
+        )
+    if version > known.version:
+        raise StateError(
+            f"state holds a {name!r} of version {version}, this job knows it up to version {known.version}: "
+            "start it with the release that wrote it"
+        )
+    names = {field.name: field.encode_name for field in msgspec.structs.fields(known.record_type)}
     try:
-        return msgspec.convert({known[k]: v for k, v in fields.items() if k in known}, record_type)
-    except Exception as error:  # validation, or whatever the type's own __post_init__ raises
-        raise StateError(f"state holds a {name!r} that no longer fits its type: {error}") from error
+        if version < known.version and known.upgrade is not None:
+            fields = known.upgrade(dict(fields), version)
+        return msgspec.convert({names[k]: v for k, v in fields.items() if k in names}, known.record_type)
+    except Exception as error:  # validation, or whatever `upgrade` and the type's own __post_init__ raise
+        raise StateError(
+            f"state holds a {name!r} that no longer fits its type: written in version {version}, "
+            f"{known.record_type.__qualname__} is version {known.version}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def pack(value: Any) -> bytes:
@@ -141,6 +187,17 @@ def pack(value: Any) -> bytes:
     try:
         return bytes([STATE_VERSION]) + msgspec.msgpack.encode(_lower(value))
     except (ValueError, OverflowError, RecursionError, msgspec.EncodeError) as error:
+        raise TypeError(f"this cannot be kept in state: {error}") from error
+
+
+def pack_plain(values: list[Any]) -> bytes:
+    """The bytes that `pack` makes of JSON types and bytes, without a look at each: for what is known to be such.
+
+    Raises TypeError for text that is no UTF-8 and numbers beyond 64 bits.
+    """
+    try:
+        return _VERSION + msgspec.msgpack.encode(values)
+    except (ValueError, OverflowError, msgspec.EncodeError) as error:
         raise TypeError(f"this cannot be kept in state: {error}") from error
 
 
@@ -154,7 +211,7 @@ def unpack(data: bytes) -> Any:
         )
     try:
         return msgspec.msgpack.decode(memoryview(data)[1:], ext_hook=_unpack_ext)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
         raise StateError(f"state is damaged: {error}") from error
 
 

@@ -32,6 +32,15 @@ ASK_A_MODEL = ("llm_inference", "embedding")
 """The jobs of the library whose model is `chat.model`."""
 
 
+NAMED_TWICE = {
+    "parallelism.default": "flink.parallelism",
+    "pipeline.max-parallelism": "flink.max_parallelism",
+    "execution.checkpointing.interval": "flink.checkpoint_interval_ms",
+    "execution.checkpointing.mode": "flink.delivery",
+}
+"""Options of Flink that have a key of ours: what `flink.properties` said of them would not be heard."""
+
+
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A part of a configuration: unknown keys are refused."""
 
@@ -70,6 +79,8 @@ class Operator(Section, frozen=True, kw_only=True):
     deadline: Annotated[float, Meta(gt=0)] | None = 60.0
     ordered: bool = False
     on_outage: Literal["wait", "deadline"] = "wait"
+    retries: Annotated[int, Meta(ge=0)] = 4
+    shed: bool = False
     remember_s: Annotated[float, Meta(ge=0)] = 600.0
     max_result_bytes: Annotated[int, Meta(ge=1)] = 1_000_000
     keep_payload: bool = False
@@ -144,8 +155,7 @@ def parse(raw: dict[str, Any], folder: Path) -> JobConfig:
     _check_sizes(config)
     addresses(config.kafka)
     resolve_device(config.host.device)
-    if config.host.engine == "embedded" and config.host.metrics_port is not None:
-        raise ConfigError("host.metrics_port: it is a host that serves metrics, and host.engine is embedded")
+    _check_host(config)
     for name in config.models:
         check_model("models", name)
     return _placed(config, folder)
@@ -181,6 +191,25 @@ def _check_flink(flink: FlinkSettings) -> None:
         raise ConfigError(f"flink.parallelism is {flink.parallelism}, more than flink.max_parallelism {highest}")
     if highest % flink.shards:
         raise ConfigError(f"flink.max_parallelism is {highest}, which is no multiple of flink.shards {flink.shards}")
+    if flink.parallelism > flink.shards:
+        raise ConfigError(
+            f"flink.parallelism is {flink.parallelism}, more than flink.shards {flink.shards}: the other subtasks "
+            f"would have nothing to do; about 4 shards for each subtask you will ever run are right"
+        )
+    for name, key in NAMED_TWICE.items():
+        if name in flink.properties:
+            raise ConfigError(f"flink.properties.{name}: say {key} instead, which goes before it")
+
+
+def _check_host(config: JobConfig) -> None:
+    host, capacity = config.host, config.operator.capacity
+    if host.engine == "embedded" and host.metrics_port is not None:
+        raise ConfigError("host.metrics_port: it is a host that serves metrics, and host.engine is embedded")
+    if config.job in ASK_A_MODEL and capacity > host.slots + host.queue:
+        raise ConfigError(
+            f"operator.capacity is {capacity}, more calls than host.slots {host.slots} and host.queue {host.queue} "
+            f"take: the host would refuse the others again and again; lower the first or raise the last"
+        )
 
 
 def _check_sizes(config: JobConfig) -> None:

@@ -8,12 +8,13 @@
     ├── StateError           state of another version, shard count or handler
     ├── ProtocolError        a peer on the model host's socket speaks something else
     ├── RecordError          the record's own fault: ends that record as a failure, never the job
-    │   └── DeadlineExceeded the record ran out of time
+    │   ├── DeadlineExceeded the record ran out of time
+    │   └── Retriable        worth another try: a failure once that has not helped
     ├── Overloaded           refused for lack of room: tried again after `retry_after` seconds
     └── Outage               a part is down: no fault of any record; wait and try again
 
 Two branches matter to the operator: `RecordError` (and any foreign exception that a handler
-raises) becomes a failure record at once; `Outage` and `Overloaded` are tried again.
+raises) becomes a failure record at once; `Retriable`, `Outage` and `Overloaded` are tried again.
 """
 
 from typing import Any, Literal
@@ -69,6 +70,21 @@ class DeadlineExceeded(RecordError):
         return type(self), (self.message,)
 
 
+class Retriable(RecordError):
+    """This record may be answered at another try, `retry_after` seconds from now at the earliest.
+
+    For a handler to raise. The call runs again after a wait that doubles from try to try, `operator.retries`
+    times at most and inside the record's deadline; then the record is a failure with this `code`.
+    """
+
+    def __init__(self, code: str, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(code, message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.code, self.message, self.retry_after)
+
+
 class Overloaded(FlinkLlmError):
     """The service has no room now. `retry_after` is in seconds.
 
@@ -104,6 +120,7 @@ CODES: dict[str, str] = {
     "model_error": "the model produced something unusable",
     "deadline": "the deadline has passed",
     "overloaded": "refused for lack of room until the deadline",
+    "shed": "refused at arrival, as its deadline could not be met (only with shed: on)",
     "outage": "a part was down until the deadline (only with on_outage: deadline)",
     "conflicting_request": "the request id was used before with another payload",
     "missing_features": "a required feature is absent or too old",

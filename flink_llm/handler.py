@@ -159,7 +159,7 @@ class AsyncUdf:
 
     async def call(self, request: Any, ctx: CallContext) -> Any:
         """One record to its result. What it raises ends this record as a failure, never the job;
-        `Outage` and `Overloaded` are tried again. May run again for the same record after a restore."""
+        `Outage`, `Overloaded` and `Retriable` are tried again. May run again for the same record after a restore."""
         raise NotImplementedError(f"{type(self).__name__} has no call()")
 
     async def close(self) -> None:

@@ -100,6 +100,7 @@ def sink(
     *,
     uid: str,
     delivery: Delivery = "at_least_once",
+    transactions: str | None = None,
 ) -> None:
     """Writes `OUTBOUND` rows, each to its own `topic` (one of `topics`) or else to the first of them.
 
@@ -107,10 +108,10 @@ def sink(
     time is the stream record's, or the time of writing where that is absent or one no broker takes.
     Header values that are null are not written.
 
-    Exactly once is transactional, in the pooled naming: `uid` and the consumer group name the
-    transactions, so they must differ between jobs on one broker. Raises ConfigError when the broker's
-    maximum forbids the transaction timeout, when `stream` lacks a field of `OUTBOUND`, or where Flink has
-    no Kafka connector.
+    Exactly once is transactional, in the pooled naming: `transactions`, by default the consumer group, and
+    `uid` name the transactions, so one of them must differ between any two jobs on one broker. Raises
+    ConfigError when the broker's maximum forbids the transaction timeout, when `stream` lacks a field of
+    `OUTBOUND`, or where Flink has no Kafka connector.
     """
     if not topics:
         raise ConfigError(f"{uid}: a sink needs at least one topic")
@@ -131,7 +132,7 @@ def sink(
         check_transaction_timeout(settings)
         options |= {
             "sink.transaction-naming-strategy": "pooling",
-            "sink.transactional-id-prefix": f"{settings.group}-{uid}",
+            "sink.transactional-id-prefix": f"{transactions or settings.group}-{uid}",
             "properties.transaction.timeout.ms": str(settings.transaction_timeout_ms),
         }
     columns = """`key` BYTES, `value` BYTES, `headers` MAP<STRING NOT NULL, BYTES> METADATA,

@@ -90,7 +90,7 @@ class Kept:
 
     def add_record(self, sequence: int, arrived_ms: int, arrival: bytes) -> None:
         """A record is in flight."""
-        self.entries.put(_flying(sequence), codec.pack([arrived_ms, arrival]))
+        self.entries.put(_flying(sequence), codec.pack_plain([arrived_ms, arrival]))
 
     def remove_record(self, sequence: int) -> None:
         """It is in flight no longer."""
@@ -106,7 +106,7 @@ class Kept:
 
     def add_answer(self, remembered: Remembered, value: bytes, topic: str | None) -> None:
         """What repeats are given."""
-        self.entries.put(remembered.name, codec.pack([value, topic]))
+        self.entries.put(remembered.name, codec.pack_plain([value, topic]))
 
     def remove_answer(self, remembered: Remembered) -> None:
         """Repeats run again."""

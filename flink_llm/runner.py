@@ -10,7 +10,6 @@ itself. What the loop thread cannot go on from is raised on the main thread, whe
 import asyncio
 import contextlib
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -21,21 +20,21 @@ from flink_llm import codec
 from flink_llm.arrivals import EventTimes
 from flink_llm.call import EMPTY_STATE, Call, Failed, Lane, OperatorSettings, Outcome, Result
 from flink_llm.clock import RecordClock
+from flink_llm.deadlines import Deadlines
 from flink_llm.engine.generation import CallInfo, current_call
-from flink_llm.errors import DeadlineExceeded, FlinkLlmError, Outage, Overloaded, RecordError, StateError
+from flink_llm.errors import FlinkLlmError, Overloaded, RecordError, Retriable, StateError
 from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services, check_result, signature_of
 from flink_llm.places import Places
+from flink_llm.retries import INFRASTRUCTURE, wait_before
+from flink_llm.shedding import Shedder
 from flink_llm.turns import Repeats, Turns
 
 log = logging.getLogger(__name__)
 
-BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 5.0
 READ_AHEAD = 8
 """One in so many places more than run: while Flink's thread is at something else, an end begins the next."""
 TICK_S = 0.01
-GRACE_S = 1.0
 CLOSE_S = 10.0
-_INFRASTRUCTURE = (Outage, ConnectionError, MemoryError)
 
 
 class Runner:
@@ -75,7 +74,17 @@ class Runner:
         self._answered_at = -1.0
         self._turns = Turns(self._ready_to_run, one_by_one=self.stateful, ordered=settings.ordered)
         self._repeats = Repeats(self._turns.take, self._end)
-        self._timed: set[Call] = set()
+        self._deadlines = Deadlines(
+            self.clock,
+            self._end,
+            out=lambda: services.outage_since is not None,
+            on_deadline=udf.on_deadline,
+            name=self.name,
+            metrics=self.metrics,
+        )
+        self._shedder = Shedder() if settings.shed else None
+        self._submitted = 0  # counted by the main thread alone, `_ended` by the loop's
+        self._ended = 0
         self._running = 0
         self._ready: deque[tuple[Call, Lane | None]] = deque()
         self._closing = False
@@ -95,8 +104,26 @@ class Runner:
     def submit(self, call: Call, *, wait: bool = True) -> None:
         """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does."""
         self.check()
+        self._submitted += 1
         self.places.take(wait=wait)
         self._post(call)
+
+    def refusal(self, call: Call) -> Failed | None:
+        """Why a record that has just come is refused, None for one that is to be submitted."""
+        if self._shedder is None or (self.settings.on_outage == "wait" and self._services.outage_since is not None):
+            return None
+        try:
+            left = call.time_left(self.settings.deadline, self.wall() * 1000, since_ms=call.timestamp)
+        except RecordError:
+            return None
+        if left is None:
+            return None
+        ahead = self._submitted - self._ended
+        if self._shedder.refuses(ahead, left):
+            took = self._shedder.estimate(ahead)
+            return Failed("shed", f"{left:.3g} s were left, and the answer would have taken about {took:.3g} s")
+        call.admitted = ahead, left, self.clock.now()
+        return None
 
     def check(self) -> None:
         """Raises what the loop thread could not go on from."""
@@ -177,13 +204,13 @@ class Runner:
         # The clock stands still across a restore too; how much had been used up is written nowhere.
         excused = call.restored and self.settings.on_outage == "wait"
         try:
-            limit = call.time_left(self.settings.deadline, self.wall() * 1000, excused=excused)
+            since_ms = None if excused else call.arrived_ms
+            limit = call.time_left(self.settings.deadline, self.wall() * 1000, since_ms=since_ms)
         except RecordError as error:
             self._turns.enter(call)
             return self._end(call, Failed(error.code, error.message))
         if limit is not None:
-            call.expires_at = self.clock.now() + limit
-            self._timed.add(call)
+            self._deadlines.watch(call, limit)
         self._turns.enter(call)
         if call.outcome is not None:
             return self._end(call, call.outcome)
@@ -208,18 +235,26 @@ class Runner:
                 self._end(call, await self._attempt(call, lane))
             except Overloaded as error:
                 self.metrics.add("overloaded")
-                await self._pause(call, "overloaded", error, error.retry_after)
+                await self._try_again(call, Failed("overloaded", f"{error} (until the deadline)"[:500]), error)
+            except Retriable as error:
+                await self._retry(call, error)
             except StateError as error:  # no record's fault: the job has to be told
                 self._fatal = self._fatal or error
                 return
-            except _INFRASTRUCTURE as error:
+            except INFRASTRUCTURE as error:
                 self.metrics.add("outages")
                 if call.attempt == 0:
                     log.warning("%s: %s; the record waits and is tried again", self.name, error)
-                delay = random.uniform(0.5, 1) * min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(call.attempt, 10))
-                await self._wait_out(call, error, began, delay)
+                await self._wait_out(call, error, began)
 
-    async def _wait_out(self, call: Call, error: Exception, began: float, delay: float) -> None:
+    async def _retry(self, call: Call, error: Retriable) -> None:
+        failed = Failed(str(error.code), str(error.message), call.generation_id)
+        if call.retried >= self.settings.retries:
+            return self._end(call, failed)
+        call.retried += 1
+        await self._try_again(call, failed, error)
+
+    async def _wait_out(self, call: Call, error: Exception, began: float) -> None:
         """An outage since `began`: waits before another try, off the record's clock where that may stand still.
 
         Where a part says that it is out, the clock has stood still so far, and the wait may outlast the outage.
@@ -229,22 +264,29 @@ class Runner:
         told = self._services.outage_since is not None
         excused = self.settings.on_outage == "wait" and call.expires_at is not None
         excused = excused and (told or self._answered_at < began)
-        if excused:
-            self._timed.discard(call)
-            began = self.clock.now() if told else began
-        await self._pause(call, "outage", error, delay)
-        if excused and not call.ended:
-            call.expires_at = (call.expires_at or 0.0) + self.clock.now() - began
-            self._timed.add(call)
+        left = call.remaining()
+        failed = Failed("outage", f"{error} (until the deadline)"[:500])
+        if not excused or left is None:
+            return await self._try_again(call, failed, error)
+        self._deadlines.forget(call)
+        left += 0.0 if told else self.clock.now() - began
+        await self._try_again(call, failed, error, excused=True)
+        if not call.ended:
+            self._deadlines.watch(call, left)
 
-    async def _pause(self, call: Call, code: str, error: Exception, delay: float) -> None:
+    async def _try_again(self, call: Call, failed: Failed, error: Exception, *, excused: bool = False) -> None:
+        """Waits before another try; the call has failed where its deadline leaves time for none."""
         call.attempt += 1
+        delay = wait_before(error, call.attempt, None if excused else call.remaining())
+        if delay is None:
+            return self._end(call, failed)
+        self.metrics.add("retries")
         try:
             await asyncio.sleep(delay)
         except asyncio.CancelledError:
             if self._closing:
                 raise
-            self._end(call, Failed(code, f"{error} (until the deadline)"[:500]))
+            self._end(call, failed)
 
     async def _attempt(self, call: Call, lane: Lane | None) -> Outcome:
         state = codec.unpack(lane.state or EMPTY_STATE) if self.stateful and lane is not None else None
@@ -261,21 +303,21 @@ class Runner:
         try:
             result = await self._udf.call(call.request, CallContext(self._context, call, state=state))
             return self._result(call, result, state, lane)
-        except (Overloaded, *_INFRASTRUCTURE):
+        except (Overloaded, Retriable, *INFRASTRUCTURE):
             raise
         except RecordError as error:
-            return Failed(str(error.code), str(error.message), self._generation(call))
+            return Failed(str(error.code), str(error.message), call.generation_id)
         except asyncio.CancelledError:
             if self._closing:
                 raise
-            late = call.expires_at is not None and self.clock.now() >= call.expires_at
-            ended = self._late() if late else Failed("handler_error", "the call cancelled itself")
-            return Failed(ended.code, ended.message, self._generation(call))
+            itself = Failed("handler_error", "the call cancelled itself")
+            ended = self._deadlines.late() if self._deadlines.passed(call) else itself
+            return Failed(ended.code, ended.message, call.generation_id)
         except BaseException as error:  # whatever a handler raises is its record's, SystemExit included
             if self._closing:
                 raise
             log.warning("%s failed on %s", self.name, call.arrival.place, exc_info=error)
-            return Failed("handler_error", _told(error), self._generation(call))
+            return Failed("handler_error", _told(error), call.generation_id)
         finally:
             for generation in list(call.info.open_generations):
                 generation.close()
@@ -292,24 +334,29 @@ class Runner:
             new_state = packed if packed != (lane.state or EMPTY_STATE) else None
         return Result(value, call.reply_to, new_state)
 
-    @staticmethod
-    def _generation(call: Call) -> str | None:
-        return (call.info.last_generation or None) if call.info is not None else None
-
     def _end(self, call: Call, outcome: Outcome) -> None:
         """Ends a call once: frees its turn, answers its repeats, hands over what may be emitted."""
         if call.ended:
             return
         call.ended = True
         call.outcome = outcome
+        self._ended += 1
+        self._learn(call, outcome)
         if call.task is not None:
             self._running -= 1
             self._begin()
         if isinstance(outcome, Result):
             self._answered_at = self.clock.now()
-        self._timed.discard(call)
+        self._deadlines.forget(call)
         self._hand_over(self._turns.leave(call, outcome))
         self._repeats.answer(call, outcome)
+
+    def _learn(self, call: Call, outcome: Outcome) -> None:
+        """What the call took tells what others will; what fails at once tells nothing."""
+        if self._shedder is not None and call.admitted is not None:
+            ahead, left, since = call.admitted
+            if isinstance(outcome, Result) or outcome.code in ("deadline", "overloaded"):
+                self._shedder.answered(ahead, self.clock.now() - since, left)
 
     def _hand_over(self, calls: list[Call]) -> None:
         for call in calls:
@@ -323,34 +370,9 @@ class Runner:
             await asyncio.sleep(TICK_S)
             self.clock.tick()
             try:
-                self._expire(self.clock.now())
+                self._deadlines.expire()
             except Exception:  # every deadline hangs on this task
                 log.exception("the deadlines of %s could not be looked after", self.name)
-
-    def _late(self) -> Failed:
-        """What a record has become whose deadline has passed: while a part is out, that is why."""
-        if self._services.outage_since is not None:
-            return Failed("outage", "a part was out until the deadline")
-        return Failed("deadline", DeadlineExceeded().message)
-
-    def _expire(self, now: float) -> None:
-        for call in [call for call in self._timed if call.expires_at is not None and call.expires_at <= now]:
-            generations = [one for one in call.info.open_generations if one.text] if call.info is not None else []
-            if call.task is None:
-                self._end(call, Failed("deadline", "the deadline passed while the record waited for its turn"))
-            elif call.info is None:  # not begun: cancelling it would leave nobody to end it
-                call.task.cancel()
-                self._end(call, self._late())
-            elif now >= (call.expires_at or 0) + GRACE_S:
-                self.metrics.add("abandoned")
-                log.warning("%s did not end %s s after its deadline; its call is abandoned", self.name, GRACE_S)
-                call.task.cancel()
-                self._end(call, Failed("deadline", DeadlineExceeded().message, self._generation(call)))
-            elif generations and self._udf.on_deadline == "partial":
-                for generation in generations:
-                    generation.expire()
-            elif call.task.cancelling() == 0:
-                call.task.cancel()
 
 
 def _told(error: BaseException) -> str:

@@ -106,7 +106,7 @@ class Shard:
             call = Call(self, sequence, arrival, None, arrived_ms)
             call.outcome = Failed(error.code, error.message)
         else:
-            call.outcome = self._remembered(call)
+            call.outcome = self._remembered(call) or (None if restored else self.runner.refusal(call))
         if call.outcome is not None and not self._settings.ordered:
             yield from self._settle(call)
             if restored:

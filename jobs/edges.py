@@ -12,7 +12,7 @@ from pyflink.datastream import DataStream, StreamExecutionEnvironment
 from pyflink.datastream.connectors.file_system import FileSink, FileSource, OutputFileConfig, StreamFormat
 from pyflink.util.exceptions import JavaException
 
-from flink_llm import config, environment, kafka
+from flink_llm import config, environment, kafka, submission
 from flink_llm.config import JobConfig
 from flink_llm.errors import FlinkLlmError
 from flink_llm.local import checks
@@ -43,7 +43,9 @@ def write(tables: Any, outputs: Outputs, settings: JobConfig) -> None:
         named["tokens"] = outputs.partials, [topics.tokens], "at_least_once"
     for uid, (stream, names, delivery) in named.items():
         if settings.files is None:
-            kafka.sink(tables, stream, settings.kafka, names, uid=uid, delivery=delivery)
+            # Jobs may share a consumer group; transactions they must not.
+            own = f"{settings.kafka.group}-{settings.name}"
+            kafka.sink(tables, stream, settings.kafka, names, uid=uid, delivery=delivery, transactions=own)
         else:
             values = stream.map(_value, Types.STRING()).uid(f"{uid}-text")
             prefix = OutputFileConfig.builder().with_part_prefix(uid).build()
@@ -60,14 +62,18 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
     parser = argparse.ArgumentParser(description="A job of flink-llm.")
     parser.add_argument("--config", required=True, help="the job's YAML file")
     args = parser.parse_args(arguments)
+    alone = None
     try:
         settings = config.load(args.config)
         if not environment.submitted():
             checks.before_start(settings)
+            alone = checks.alone(settings)
         elif settings.files is None:  # a cluster may reach what this machine cannot: this asks where it can
             checks.sizes(settings)
         env = environment.environment(settings.flink.properties, kafka=settings.files is None)
         build(env, settings)
+        if environment.submitted():
+            submission.check(env, settings.name)
     except FlinkLlmError as error:
         print(f"flink-llm: {error}", file=sys.stderr)
         sys.exit(1)
@@ -85,6 +91,9 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
         log.info("the job %s", settings.name, exc_info=True)
         print(f"flink-llm: the job failed: {last_words(str(error))}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        if alone is not None:
+            alone.release()
 
 
 def _no_trace_of_an_interrupt(record: logging.LogRecord) -> bool:

@@ -1,7 +1,9 @@
 """What the Flink operator does before and around the runner; the rest is tested where it is, or in integration."""
 
+import msgspec
 import pytest
 
+from flink_llm.errors import ConfigError
 from flink_llm.udfs import async_operator
 from flink_llm.udfs.event_time import low_mark
 
@@ -61,3 +63,14 @@ def test_a_bundle_waits_for_a_moment_in_all(monkeypatch):
         shard.events.clear()
         patience.wait(shard, bundle=1)
     assert waited == pytest.approx([0.003, 0.001])
+
+
+def test_a_record_class_of_the_jobs_own_file_is_refused():
+    """Pickled by value it would arrive without its fields, and every record fail for a reason of its own."""
+    here = msgspec.defstruct("Order", [("n", int)], module=__name__)
+    own = msgspec.defstruct("Order", [("n", int)], module="__main__")
+    async_operator._check_records("Reply", dict, here)
+    with pytest.raises(
+        ConfigError, match=r"Reply: Order is a msgspec.Struct of the job's own file.* module of its own"
+    ):
+        async_operator._check_records("Reply", own, None)

@@ -106,3 +106,18 @@ def test_an_array_like_record_cannot_be_registered():
 def test_what_state_cannot_hold_is_a_type_error(value):
     with pytest.raises(TypeError):
         codec.pack(value)
+
+
+@given(
+    st.lists(
+        st.none() | st.text() | st.binary() | st.integers(-(2**63), 2**63) | st.dictionaries(st.text(), st.binary())
+    )
+)
+def test_plain_values_have_the_same_bytes(values):
+    try:
+        packed = codec.pack(values)
+    except TypeError:
+        with pytest.raises(TypeError):
+            codec.pack_plain(values)
+    else:
+        assert codec.pack_plain(values) == packed

@@ -38,6 +38,18 @@ def test_the_shipped_configuration_is_valid():
         ({"flink": {"delivery": "twice"}}, "flink.delivery: Invalid enum value 'twice'"),
         ({"flink": {"parallelism": 129}}, "flink.parallelism is 129, more than flink.max_parallelism 128"),
         ({"flink": {"shards": 7}}, "flink.max_parallelism is 128, which is no multiple of flink.shards 7"),
+        (
+            {"flink": {"parallelism": 32}},
+            "flink.parallelism is 32, more than flink.shards 16: the other subtasks would have nothing to do",
+        ),
+        (
+            {"flink": {"properties": {"parallelism.default": 4}}},
+            "flink.properties.parallelism.default: say flink.parallelism instead",
+        ),
+        (
+            {"operator": {"capacity": 5000}},
+            "operator.capacity is 5000, more calls than host.slots 16 and host.queue 4096 take",
+        ),
         ({"features": {"freshness": {"orders": "x"}}}, "features.freshness.orders: Expected `float`, got `str`"),
         ({"kafka": {"properties": {"max.poll.records": []}}}, "kafka.properties.max.poll.records: Expected `str`"),
         ({"kafka": {"bootstrap_servers": "a:9092,b"}}, "kafka.bootstrap_servers: 'b' is not HOST:PORT"),

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from kafka.errors import KafkaError
 
-from flink_llm.config import parse
+from flink_llm.config import load, parse
 from flink_llm.engine.settings import HostSettings
 from flink_llm.errors import ConfigError, LocalError
 from flink_llm.local import broker, checks, doctor, jars
@@ -237,3 +237,23 @@ def test_lines_are_not_wrapped(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     doctor.examine(job(kafka={"bootstrap_servers": "127.0.0.1:1"}), tmp_path)
     assert "or correct the address" in lines(capsys)["✗ Kafka"]
+
+
+def test_slots_of_the_mini_cluster_that_do_not_do_for_the_job(job, tmp_path, capsys):
+    flink = {"parallelism": 4, "properties": {checks.SLOTS: "1", checks.MANAGERS: "3"}}
+    few = load(job(flink=flink))
+    with pytest.raises(ConfigError, match=rf"^flink.parallelism is 4, flink.properties.{checks.SLOTS} gives 3 slots:"):
+        checks.slots(few)
+    enough = load(job(flink={**flink, "parallelism": 3}))
+    assert checks.slots(enough).startswith("3 of at most 16 subtasks (flink.shards), which run 768 calls at once; 16 ")
+
+
+def test_a_second_job_of_one_name_is_refused_while_the_first_runs(job, tmp_path):
+    settings = load(job(host={"socket_dir": "s"}))
+    other = load(job(name="another", host={"socket_dir": "s"}))
+    first, beside = checks.alone(settings), checks.alone(other)
+    with pytest.raises(ConfigError, match=r"^name: a job 'n' runs on this machine already, .*: end it first"):
+        checks.alone(settings)
+    first.release()
+    checks.alone(settings).release()
+    beside.release()

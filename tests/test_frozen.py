@@ -126,6 +126,21 @@ def test_a_dialogue_in_a_keys_state():
     assert codec.pack(state) == MESSAGES
 
 
+class Order(msgspec.Struct):
+    """A record that has had another version."""
+
+    number: int
+
+
+def test_a_record_of_a_later_version(monkeypatch):
+    monkeypatch.setattr(codec, "_registered", dict(codec._registered))
+    monkeypatch.setattr(codec, "_names", dict(codec._names))
+    codec.register("order", Order, version=2, upgrade=lambda old, version: {"number": old["n"]})
+    assert codec.pack(Order(7)) == b"\x01\xc7\x11\x01\x93\xa5order\x81\xa6number\x07\x02"
+    assert codec.unpack(codec.pack(Order(7))) == Order(7)
+    assert codec.unpack(b"\x01\xc7\x0b\x01\x92\xa5order\x81\xa1n\x07") == Order(7)
+
+
 LOGPROB = Logprob(id=7, text="a", logprob=-0.5, top=[Logprob(id=7, text="a", logprob=-0.5)])
 BY = {"request_id": "r", "model": "m", "model_hash": "ab", "usage": Usage(prompt_tokens=1, completion_tokens=2)}
 BY_BYTES = b'"model":"m","model_hash":"ab","usage":{"prompt_tokens":1,"completion_tokens":2}'

@@ -7,7 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {
-    "pyflink": ["flink_llm/kafka.py", "flink_llm/environment.py", "flink_llm/pytest_plugin.py", "udfs/", "jobs/"],
+    "pyflink": [
+        "flink_llm/kafka.py",
+        "flink_llm/environment.py",
+        "flink_llm/submission.py",
+        "flink_llm/pytest_plugin.py",
+        "udfs/",
+        "jobs/",
+    ],
     "feast": [
         "flink_llm/features.py",
         "flink_llm/feature_store.py",  # reads: opening and one batched read

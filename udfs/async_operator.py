@@ -18,7 +18,7 @@ from pyflink.datastream import DataStream, OutputTag, RuntimeExecutionMode, Time
 from pyflink.datastream.functions import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapStateDescriptor
 
-from flink_llm import environment
+from flink_llm import codec, environment
 from flink_llm.arrivals import KeySpec
 from flink_llm.call import OperatorSettings
 from flink_llm.errors import ConfigError, StateError
@@ -80,7 +80,8 @@ def apply(
     """
     settings = settings or OperatorSettings()
     settings = _replace(settings, operator=uid)
-    takes, _ = signature_of(udf)
+    takes, returns = signature_of(udf)
+    _check_records(type(udf).__name__, takes, returns)
     env = stream.get_execution_environment()
     _check_environment(env, settings)
     keys = shard_keys(settings.shards, settings.max_parallelism)
@@ -166,11 +167,13 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
     def _drain(self, ctx: Any) -> Iterator[Any]:
         """What has ended in any shard: one timer serves them all."""
         self._runner.check()
+        ready = [shard for shard in self._shards.values() if shard.events]
+        if not ready:
+            return
         own = self._keyed.key
-        for shard in self._shards.values():
-            if shard.events:
-                self._keyed.key = Row(self._keys[shard.number])
-                yield from self._emit(shard.drain(), ctx)
+        for shard in ready:
+            self._keyed.key = Row(self._keys[shard.number])
+            yield from self._emit(shard.drain(), ctx)
         self._keyed.key = own
 
     def _schedule(self, number: int, ctx: Any) -> None:
@@ -259,6 +262,19 @@ def _replace(settings: OperatorSettings, **changes: Any) -> OperatorSettings:
     return OperatorSettings(**{**values, **changes})
 
 
+def _check_records(name: str, *used: Any) -> None:
+    """Raises ConfigError for a record class that would reach the workers without its fields.
+
+    Classes of the job's own file are sent by value, and a Struct's fields are not among what is sent.
+    """
+    for found in (*used, *codec.registered()):
+        if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == "__main__":
+            raise ConfigError(
+                f"{name}: {found.__qualname__} is a msgspec.Struct of the job's own file, which workers cannot import: "
+                f"move it, and its codec.register, to a module of its own (flink run -pyfs), or make it a dataclass"
+            )
+
+
 def _check_environment(env: Any, settings: OperatorSettings) -> None:
     configuration = env._j_stream_execution_environment.getConfiguration()
     mode: str = configuration.getString("execution.runtime-mode", "STREAMING")
@@ -268,3 +284,8 @@ def _check_environment(env: Any, settings: OperatorSettings) -> None:
             f"runs no timers: use STREAMING"
         )
     environment.check(env, settings.capacity)
+    if env.get_parallelism() > settings.shards:
+        raise ConfigError(
+            f"the parallelism is {env.get_parallelism()}, more than shards={settings.shards}: the other subtasks would "
+            f"have nothing to do; lower it, or set shards to about 4 for each subtask you will ever run"
+        )

@@ -3,6 +3,7 @@
 Each gives a few words about what it found and raises a FlinkLlmError, one line that says what to do.
 """
 
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -12,7 +13,10 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from flink_llm.config import REQUEST_ROOM, JobConfig
+from flink_llm.engine.place import socket_folder
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.errors import ConfigError, LocalError
 from flink_llm.kafka_settings import (
@@ -26,12 +30,14 @@ from flink_llm.kafka_settings import (
 from flink_llm.local import jars
 from flink_llm.names import nearest, unknown
 
+SLOTS, MANAGERS = "taskmanager.numberOfTaskSlots", "minicluster.number-of-taskmanagers"
 FLAVOURS = {"onnxruntime": "cpu", "onnxruntime-gpu": "gpu"}
 
 
 def before_start(config: JobConfig) -> None:
     """All that would otherwise end in a job that restarts for ever, for a job on this machine."""
     gpu(config.host)
+    slots(config)
     if config.files is not None:
         requests(config)
     else:
@@ -41,6 +47,40 @@ def before_start(config: JobConfig) -> None:
         model(folder, adapter_of(config, name))
     if config.features is not None:
         features(config)
+
+
+def alone(config: JobConfig) -> FileLock | None:
+    """A lock to hold while the job runs; None for one of files. Raises ConfigError: it runs here already."""
+    if config.files is not None:
+        return None
+    digest = hashlib.sha256(f"{config.kafka.bootstrap_servers}/{config.name}".encode()).hexdigest()[:16]
+    lock = FileLock(socket_folder(config.host) / f"job-{digest}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"name: a job {config.name!r} runs on this machine already, and both would use the same transactions and "
+            f"shut each other out: end it first, or give this one another name"
+        ) from None
+    return lock
+
+
+def slots(config: JobConfig) -> str:
+    """Slots for all subtasks, where `flink.properties` says how many the mini-cluster has."""
+    given = config.flink.properties
+    each, managers = (given.get(name, "") for name in (SLOTS, MANAGERS))
+    if each.isdigit() and (managers or "1").isdigit():
+        there = int(each) * int(managers or 1)
+        if there < config.flink.parallelism:
+            raise ConfigError(
+                f"flink.parallelism is {config.flink.parallelism}, flink.properties.{SLOTS} gives {there} slots: "
+                f"leave the latter out, or raise it"
+            )
+    calls = config.flink.parallelism * config.operator.capacity
+    return (
+        f"{config.flink.parallelism} of at most {config.flink.shards} subtasks (flink.shards), which run {calls} calls "
+        f"at once; {config.host.slots} generations at once for each device (host.slots)"
+    )
 
 
 def job(name: str) -> EntryPoint:

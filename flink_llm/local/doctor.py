@@ -64,6 +64,7 @@ def _checks(settings: JobConfig | None, state: Path | None) -> Iterator[tuple[st
     if settings is None:
         return
     yield "job", lambda: checks.job(settings.job).value
+    yield "slots", partial(checks.slots, settings)
     if settings.files is not None:
         yield "requests", partial(checks.requests, settings)
     else:

@@ -4,10 +4,12 @@ import asyncio
 import hashlib
 import random
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -23,7 +25,8 @@ class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a scripted model does.
 
     A decoder says `text` (`{last}` stands for the last message, `{adapter}` for the one that was asked for;
-    it has every adapter) in `tokens` pieces: the first after `first_ms`, the others `gap_ms` apart; a list
+    it has every adapter; `{now}` for the epoch seconds at which its piece is said) in `tokens` pieces: the
+    first after `first_ms`, the others `gap_ms` apart; a list
     of `tokens` is what it says instead of `text`, one of `gap_ms` the wait before each but the first.
     `answers` maps words to another text, said where the last message holds them. `delay` "exponential"
     draws `first_ms` from that distribution, decided by the request id. `rate_per_s` bounds how many pieces
@@ -140,15 +143,20 @@ class _Playing:
 
     def play(self, event: Event | None = None) -> None:
         if event is not None:
-            self.emit(event)
+            self._say(event)
         loop = asyncio.get_running_loop()
         for due, event in self._timeline:
             if due > loop.time():
                 self._timer = loop.call_at(due, self.play, event)
                 return
-            self.emit(event)
-            if not isinstance(event, Tokens):
-                self.stop()
+            self._say(event)
+
+    def _say(self, event: Event) -> None:
+        if not isinstance(event, Tokens):
+            self.stop()
+        elif "{now}" in event.text:
+            event = msgspec.structs.replace(event, text=event.text.replace("{now}", f"{time.time():.6f}"))
+        self.emit(event)
 
     def stop(self) -> None:
         if self._timer is not None:
@@ -190,9 +198,9 @@ def _gap(script: Script, sequence: int) -> float:
 
 
 def _timed(done: Done, first_token_ms: float, per_token_ms: float) -> Done:
-    values = {name: getattr(done, name) for name in done.__struct_fields__}
-    times = {"first_token_ms": round(first_token_ms, 3), "per_token_ms": round(per_token_ms, 3)}
-    return Done(**{**values, **times})
+    return msgspec.structs.replace(
+        done, first_token_ms=round(first_token_ms, 3), per_token_ms=round(per_token_ms, 3)
+    )  # fmt: skip
 
 
 def _events(script: Script, work: Submit, generation: str) -> Iterator[Event]:

@@ -102,9 +102,9 @@ def test_batch_mode_is_refused(mode):
     [
         ("rest.port", "abc", "flink.properties: rest.port is 'abc', which is no whole number"),
         (
-            "execution.checkpointing.interval",
+            "execution.checkpointing.timeout",
             "often",
-            "Flink refuses the job: Could not parse value 'often' for key 'execution.checkpointing.interval': "
+            "Flink refuses the job: Could not parse value 'often' for key 'execution.checkpointing.timeout': "
             "java.lang.NumberFormatException: text does not start with a number, ",
         ),
         (

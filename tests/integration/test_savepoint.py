@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from kafka import KafkaConsumer, KafkaProducer
+from py4j.protocol import Py4JJavaError
 from pyflink.java_gateway import get_gateway
 
 from flink_llm import environment, kafka
@@ -44,18 +45,20 @@ class Job:
         self.requests, self.responses, self.extra = topics
         self.folder = folder
 
-    def start(self, *, parallelism=1, extra=False, savepoint=None):
+    def start(self, *, parallelism=1, extra=False, savepoint=None, udf=None, modules=()):
         properties = {"restart-strategy.type": "none"}
         if savepoint:
             properties["execution.state-recovery.path"] = savepoint
         env = environment.environment(properties)
+        for module in modules:
+            env.add_python_file(str(module))
         flink = FlinkSettings(checkpoint_interval_ms=200, parallelism=parallelism, properties=properties)
         environment.configure(env, flink, capacity=64)
         tables = environment.tables(env)
         stream = kafka.source(tables, self.settings, [self.requests], uid="requests", start="earliest")
         if extra:  # before the operator, so that every number the planner gives moves
             kafka.sink(tables, stream, self.settings, [self.extra], uid="extra", delivery="exactly_once")
-        udf = held_until(str(self.folder / "gate"))
+        udf = udf or held_until(str(self.folder / "gate"))
         out = apply(stream, udf, key="session_id", uid="held", settings=OperatorSettings())
         kafka.sink(tables, out.results, self.settings, [self.responses], uid="responses", delivery="exactly_once")
         return env.execute_async("held")
@@ -63,7 +66,14 @@ class Job:
     def stop(self, job):
         # PyFlink's own stop_with_savepoint calls a Java method that Flink 2 no longer has.
         canonical = get_gateway().jvm.org.apache.flink.core.execution.SavepointFormatType.CANONICAL
-        return job._j_job_client.stopWithSavepoint(False, str(self.folder), canonical).get()
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return job._j_job_client.stopWithSavepoint(False, str(self.folder), canonical).get()
+            except Py4JJavaError as error:  # some subtasks may answer before others run
+                if "Not all required tasks" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
     def send(self, *requests):
         producer = KafkaProducer(bootstrap_servers=self.settings.bootstrap_servers)

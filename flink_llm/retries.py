@@ -1,0 +1,40 @@
+"""How long a call waits before it is tried again.
+
+Waits double, and each is drawn: calls that failed together must not come back together.
+"""
+
+import random
+from collections.abc import Callable
+
+from flink_llm.errors import Outage, Overloaded, Retriable
+
+BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 5.0
+OVERLOADED_S, OVERLOADED_LIMIT_S = 0.01, 1.0
+"""Whoever has no room says when to come back: what is added to that is small."""
+JITTER = 0.5
+INFRASTRUCTURE = (Outage, ConnectionError, MemoryError)
+"""What is an outage: no fault of the record, whoever raises it."""
+
+
+def wait_before(
+    error: BaseException,
+    attempt: int,
+    left: float | None = None,
+    draw: Callable[[float, float], float] = random.uniform,
+) -> float | None:
+    """Seconds before the next try after `attempt` tries that failed, the last of them with `error`.
+
+    Never less than the error's `retry_after`, where it has one. Of what is `left` until the deadline beyond
+    that, half is left for the try itself; None when there is too little. `draw` gives a number between two.
+    """
+    told, first, most = 0.0, BACKOFF_S, BACKOFF_LIMIT_S
+    if isinstance(error, (Overloaded, Retriable)):
+        told = max(0.0, error.retry_after)
+    if isinstance(error, Overloaded):
+        first, most = OVERLOADED_S, OVERLOADED_LIMIT_S
+    backoff = min(most, first * 2.0 ** min(max(0, attempt - 1), 10))
+    more = draw(0.0, told * JITTER) + draw(backoff * (1 - JITTER), backoff)
+    if left is None:
+        return told + more
+    spare = left - told
+    return None if spare <= first else told + min(more, spare / 2)
