@@ -58,8 +58,9 @@ format: setup-dev ## format the code
 bench: bench-setup ## every benchmark, coarse (docs/benchmarks.md has the full ones)
 	@for name in operator overhead streaming stragglers burst capacity recovery poison outage demo_model constrained decoder serving encoder host_memory; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
-chaos: setup-dev ## recovery under kill -9, the long form
+chaos: setup-dev ## kill, stop, cut and fill every part under load, the long form (some hours)
 	@$(BIN)/python -m benchmarks.recovery
+	@$(BIN)/python -m benchmarks.chaos
 
 train-demo: setup-dev ## train the demo model anew, export and grade it (an hour and a half on two cores)
 	@$(BIN)/python -m models.training.train --to build/first

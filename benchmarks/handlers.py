@@ -11,22 +11,27 @@ from flink_llm.records import ChatRequest
 
 
 class Counted(AsyncUdf):
-    """Streams a reply and counts its calls per key. Writes how many are in flight to a file each 20 ms."""
+    """Streams a reply and counts its calls per key. Writes how many are in flight to a file each 20 ms.
+
+    With `features` it reads a customer first. The file is the worker's own: the gauge's name and its process id.
+    """
 
     stateful = True
 
-    def __init__(self, gauge: str) -> None:
+    def __init__(self, gauge: str, *, features: bool = False) -> None:
         self._gauge = gauge
+        self._reads = features
 
     async def open(self, ctx: Context) -> None:
         self._model = ctx.model("scripted")
+        self._customers = ctx.features("customer_profile") if self._reads else None
         self._in_flight = 0
         self._writer = asyncio.create_task(self._write())
 
     async def _write(self) -> None:
-        path = Path(self._gauge)
+        path = Path(f"{self._gauge}.{os.getpid()}")
         while True:
-            scratch = path.with_suffix(f".{os.getpid()}")
+            scratch = path.with_suffix(".new")
             scratch.write_text(str(self._in_flight))
             scratch.replace(path)
             await asyncio.sleep(0.02)
@@ -36,7 +41,8 @@ class Counted(AsyncUdf):
         try:
             count = ctx.state.get("count", 0) + 1
             ctx.state["count"] = count
-            reply = self._model.chat(request.messages)
+            customer = await self._customers.get(user_id="user-1") if self._customers else None
+            reply = self._model.chat(request.messages, features=customer)
             async for token in reply:
                 await ctx.emit(token)
             return {
@@ -46,6 +52,7 @@ class Counted(AsyncUdf):
                 "finish_reason": reply.finish_reason,
                 "generation_id": reply.generation_id,
                 "text": reply.text,
+                "ended_at": time.time(),
             }
         finally:
             self._in_flight -= 1

@@ -50,8 +50,16 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def gauge(self) -> str:
-        """The file in which the handler says how many calls are in flight."""
+        """Of the files in which the workers' handlers say how many calls are in flight."""
         return f"{self.folder}/in-flight"
+
+    def in_flight(self) -> int:
+        """Calls in flight, as the handlers of the workers that are alive last said."""
+        found = 0
+        for file in Path(self.folder).glob("in-flight.*"):
+            with contextlib.suppress(OSError, ValueError):
+                found += int(file.read_text()) if psutil.pid_exists(int(file.suffix[1:])) else 0
+        return found
 
 
 def job(settings: Settings) -> None:
@@ -61,7 +69,8 @@ def job(settings: Settings) -> None:
     from flink_llm.udfs.async_operator import apply
 
     chosen = getattr(handlers, settings.handler)
-    udf = chosen(settings.gauge) if settings.handler == "Counted" else chosen()
+    counted = settings.handler == "Counted"
+    udf = chosen(settings.gauge, features=settings.features is not None) if counted else chosen()
     scripts = {"scripted": settings.script, **settings.more}
     host = scripted_host(Path(settings.folder), scripts)
     env = environment.environment(settings.flink.properties)
@@ -144,19 +153,12 @@ class Pipeline:
     def kill_worker(self, at_least: int = 1) -> int:
         """kill -9 of every Python worker, once `at_least` calls are in flight; how many were, 0 for no blow."""
         workers = self.workers()  # looked up before the count is read: a burst may end meanwhile
-        in_flight = self.in_flight()
+        in_flight = self.settings.in_flight()
         if not workers or in_flight < at_least:
             return 0
         for process in workers:
             os.kill(process.pid, signal.SIGKILL)
         return in_flight
-
-    def in_flight(self) -> int:
-        """Calls in flight, as the handler last said."""
-        try:
-            return int(Path(self.settings.gauge).read_text() or 0)
-        except (OSError, ValueError):
-            return 0
 
 
 def rest(port: int, path: str) -> Any:

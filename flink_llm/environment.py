@@ -18,10 +18,13 @@ from pyflink.java_gateway import get_gateway
 from flink_llm.errors import ConfigError
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.local import failures, jars, processes
+from flink_llm.transactions import PARAMETER, checkpoint_timeout_ms
 
 BUNDLE_TIME = "python.fn-execution.bundle.time"
 BUNDLE_SIZE = "python.fn-execution.bundle.size"
 BUNDLE_TIME_MS = 1
+CHECKPOINT_TIMEOUT_MS = 600_000
+"""Flink's default, taken for nobody's choice."""
 BUFFER_TIMEOUT_MS = 0
 """Every record leaves at once: what leaves Python comes in bundles anyway."""
 SLOWEST_S = 0.014
@@ -87,6 +90,32 @@ def check(env: StreamExecutionEnvironment, capacity: int) -> None:
             f"the buffer timeout is {env.get_buffer_timeout()} ms, and every output waits for it; "
             f"{_REMEDY}, or set_buffer_timeout({BUFFER_TIMEOUT_MS})"
         )
+
+
+def bound_transactions(env: StreamExecutionEnvironment, timeout_ms: int | None) -> None:
+    """A sink's transactions last so long at most: checkpoints are to end before, and operators are to know.
+
+    None leaves the operators out. Raises ConfigError when the checkpoints' own settings do not fit.
+    """
+    settings = env.get_checkpoint_config()
+    if timeout_ms is None or not settings.is_checkpointing_enabled():
+        return
+    configured = settings.get_checkpoint_timeout()
+    chosen = None if configured == CHECKPOINT_TIMEOUT_MS else configured
+    tolerable = max(0, settings.get_tolerable_checkpoint_failure_number())
+    longest = checkpoint_timeout_ms(timeout_ms, settings.get_checkpoint_interval(), tolerable, chosen)
+    settings.set_checkpoint_timeout(longest)
+    config = env.get_config()
+    parameters = dict(config.get_global_job_parameters() or {})
+    shortest = min(timeout_ms, int(parameters.get(PARAMETER, timeout_ms)))
+    config.set_global_job_parameters({**parameters, PARAMETER: str(shortest)})
+
+
+def starts_from_savepoint(env: StreamExecutionEnvironment) -> bool:
+    """Whether the job is submitted with a savepoint to begin from; a retained checkpoint is none."""
+    configuration = env._j_stream_execution_environment.getConfiguration()
+    path: str = configuration.getString("execution.state-recovery.path", "")
+    return bool(path) and not path.rstrip("/").rpartition("/")[2].startswith("chk-")
 
 
 def environment(properties: dict[str, str] | None = None, *, kafka: bool = True) -> StreamExecutionEnvironment:

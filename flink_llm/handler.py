@@ -187,7 +187,7 @@ def signature_of(udf: AsyncUdf) -> tuple[Any, type | None]:
         msgspec.json.Decoder(takes)
     except TypeError as error:
         raise ConfigError(f"{name}.call takes {takes}, which no record can be decoded to: {error}") from error
-    return takes, returns if isinstance(returns, type) else None
+    return takes, returns if isinstance(returns, type) and returns is not Any else None  # Any is a class since 3.11
 
 
 def check_result(result: Any, returns: type | None, handler: str) -> None:

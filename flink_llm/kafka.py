@@ -14,6 +14,7 @@ from pyflink.common import Types, WatermarkStrategy
 from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StreamTableEnvironment
 
+from flink_llm import environment
 from flink_llm.errors import ConfigError
 from flink_llm.kafka_settings import KafkaSettings, check_transaction_timeout
 
@@ -110,8 +111,8 @@ def sink(
 
     Exactly once is transactional, in the pooled naming: `transactions`, by default the consumer group, and
     `uid` name the transactions, so one of them must differ between any two jobs on one broker. Raises
-    ConfigError when the broker's maximum forbids the transaction timeout, when `stream` lacks a field of
-    `OUTBOUND`, or where Flink has no Kafka connector.
+    ConfigError when the broker's maximum forbids the transaction timeout, when checkpoints may last longer
+    than it, when `stream` lacks a field of `OUTBOUND`, or where Flink has no Kafka connector.
     """
     if not topics:
         raise ConfigError(f"{uid}: a sink needs at least one topic")
@@ -130,6 +131,10 @@ def sink(
     }
     if delivery == "exactly_once":
         check_transaction_timeout(settings)
+        environment.bound_transactions(
+            stream.get_execution_environment(),
+            None if settings.resume_after_timeout else settings.transaction_timeout_ms,
+        )
         options |= {
             "sink.transaction-naming-strategy": "pooling",
             "sink.transactional-id-prefix": f"{transactions or settings.group}-{uid}",

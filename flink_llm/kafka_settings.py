@@ -30,13 +30,15 @@ class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """`properties` are passed through to Flink's connector as they are, security among them.
 
     `transaction_timeout_ms` bounds how long a job may be down, in exactly-once delivery, before the
-    broker drops what it had not committed; it must not exceed the broker's own maximum.
+    broker drops what it had not committed; it must not exceed the broker's own maximum. A job that was down
+    for longer does not go on unless `resume_after_timeout` says that it shall, at the price of what was dropped.
     """
 
     bootstrap_servers: str = "127.0.0.1:9092"
     group: str = "flink-llm"
     properties: dict[str, str] = {}
     transaction_timeout_ms: Annotated[int, Meta(ge=1_000)] = 600_000
+    resume_after_timeout: bool = False
 
     def __repr__(self) -> str:
         return f"KafkaSettings({masked(msgspec.to_builtins(self))})"

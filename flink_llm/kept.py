@@ -4,7 +4,7 @@ PyFlink sends each changed state of each key as a message of its own and a bundl
 answered; with a map for each kind, these messages were what a record waited for longest. The first
 byte of an entry's name says what it is:
 
-    m                                            shards, maximum parallelism
+    m                                            shards, maximum parallelism, epoch ms when last alive (if watched)
     f  sequence (8 bytes)                        a record in flight: epoch ms of its arrival, arrival
     a  digest (16)  payload hash (32)  expiry (8)  an answer that repeats are given: value, topic
     s  key (UTF-8)                               the key's `ctx.state`
@@ -76,12 +76,12 @@ class Kept:
         return sorted(flying), sorted(remembered, key=lambda found: found.expiry), keys, meta
 
     def meta(self) -> list[Any]:
-        """Shards and maximum parallelism as they were when the shard was first touched."""
+        """Shards and maximum parallelism as they were when the shard was first touched; when it was alive."""
         return list(self._unpacked(META))
 
-    def set_meta(self, shards: int, max_parallelism: int) -> None:
-        """Written once."""
-        self.entries.put(META, codec.pack([shards, max_parallelism]))
+    def set_meta(self, *numbers: int) -> None:
+        """Written once, and again by a shard that says when it was alive."""
+        self.entries.put(META, codec.pack(list(numbers)))
 
     def record(self, sequence: int) -> tuple[int, bytes]:
         """Epoch ms of its arrival, and the arrival."""

@@ -5,6 +5,7 @@ newer producer loses nothing by an older job. Adding a field with a default is c
 or renaming one is not; docs/records.md is the public reference.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -89,6 +90,18 @@ class TokenRecord(Record, frozen=True, kw_only=True):
     generation_id: str
     sequence: int
     text: str
+
+
+def reply_text(pieces: Iterable[TokenRecord], generation_id: str) -> str:
+    """The text that a generation's pieces make, whatever else was read, in whatever order, however often.
+
+    Raises ValueError where one is not there yet: a reader that has the response then reads on.
+    """
+    texts = {piece.sequence: piece.text for piece in pieces if piece.generation_id == generation_id}
+    missing = sorted(set(range(max(texts, default=-1) + 1)) - texts.keys())
+    if missing:
+        raise ValueError(f"generation {generation_id}: piece {missing[0]} was not read yet")
+    return "".join(texts[sequence] for sequence in sorted(texts))
 
 
 class Usage(Struct, frozen=True, kw_only=True):

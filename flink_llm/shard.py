@@ -50,6 +50,7 @@ class Shard:
         self.runner = runner
         self.events: deque[tuple[Call, bytes | None]] = deque()
         self.restored = 0
+        self.alive_ms: int | None = None
         self._kept = kept
         self._settings = runner.settings
         self._open: dict[int, Call] = {}
@@ -91,6 +92,10 @@ class Shard:
         while self._open:
             self.runner.places.wait_until(lambda: bool(self.events), 0.1)
             yield from self.drain()
+
+    def beat(self) -> None:
+        """Writes down that the shard is alive: `alive_ms` of a restored one is when it last was."""
+        self._kept.set_meta(self._settings.shards, self._settings.max_parallelism, _now_ms())
 
     # Arrival.
 
@@ -254,12 +259,13 @@ class Shard:
         wanted = [self._settings.shards, self._settings.max_parallelism]
         if not known:
             self._kept.set_meta(*wanted)
-        elif self._kept.meta()[:2] != wanted:
-            found = self._kept.meta()
+        elif (found := self._kept.meta())[:2] != wanted:
             raise StateError(
                 f"state was written with shards={found[0]} and max_parallelism={found[1]}; "
                 f"the job says shards={wanted[0]} and max_parallelism={wanted[1]}: set them back"
             )
+        elif len(found) > 2:
+            self.alive_ms = found[2]
         self._expiries.extend(remembered)
         self._answers = {known.digest: known for known in remembered}
         if self.runner.stateful:

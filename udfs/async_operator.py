@@ -27,6 +27,7 @@ from flink_llm.kept import Kept
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard
+from flink_llm.transactions import PARAMETER, AliveWatch
 from flink_llm.udfs.bundles import KeyedState, lean_bundles
 from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
 from flink_llm.udfs.keying import Reader, keyed, shard_keys
@@ -86,7 +87,7 @@ def apply(
     _check_environment(env, settings)
     keys = shard_keys(settings.shards, settings.max_parallelism)
     by_shard, read = keyed(stream, key, takes, keys, uid)
-    operator = _AsyncOperator(udf, settings, services, keys, read)
+    operator = _AsyncOperator(udf, settings, services, keys, read, of_savepoint=environment.starts_from_savepoint(env))
     emitted = by_shard.process(operator, EMITTED).name(uid).uid(uid)
     emitted._j_data_stream.getTransformation().setMaxParallelism(settings.max_parallelism)
     tables = environment.tables(env)
@@ -100,7 +101,12 @@ def apply(
 class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
     """See the module's description."""
 
-    def __init__(self, udf: AsyncUdf, settings: OperatorSettings, services: Any, keys: list[int], read: Reader) -> None:
+    def __init__(
+        self, udf: AsyncUdf, settings: OperatorSettings, services: Any, keys: list[int], read: Reader,
+        *, of_savepoint: bool = False,
+    ) -> None:  # fmt: skip
+        self._submitted_ms = _now_ms()
+        self._of_savepoint = of_savepoint
         self._udf = udf
         self._settings = settings
         self._services = services
@@ -114,6 +120,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._shards: dict[int, Shard] = {}
         self._timer: int | None = None
         self._shard_timers: dict[int, int] = {}
+        self._beats: dict[int, int] = {}
+        self._watch = self._watched(runtime_context)
         self._keyed = KeyedState(runtime_context)
         self._kept = Kept(runtime_context.get_map_state(MapStateDescriptor("shard", _BYTES, _BYTES)))
         self._runner = Runner(self._udf, open_services(self._services), self._settings)
@@ -122,6 +130,14 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         gc.freeze()  # modules and models live as long as this worker: a full collection would stop all calls for them
         self._patience = _Patience(self._runner)
         self._counters = _Counters(runtime_context, self)
+
+    def _watched(self, runtime_context: RuntimeContext) -> AliveWatch | None:
+        """Where a sink of the job is transactional."""
+        timeout = runtime_context.get_job_parameter(PARAMETER, "")
+        if not timeout:
+            return None
+        submitted, of_savepoint = self._submitted_ms, self._of_savepoint
+        return AliveWatch(int(timeout), submitted_ms=submitted, of_savepoint=of_savepoint, clock=_now_ms)
 
     def close(self) -> None:
         if hasattr(self, "_runner"):
@@ -155,12 +171,18 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             self._timer = None
         if timestamp >= self._shard_timers.get(number, timestamp):
             self._shard_timers.pop(number, None)
+        if timestamp >= self._beats.get(number, END_OF_TIME):
+            del self._beats[number]
+            self._shards[number].beat()
         yield from self._drain(ctx)
         self._schedule(number, ctx)
 
     def _touch(self, number: int, ctx: Any) -> Iterator[Any]:
         """A shard's first element or timer, in a new job or after a restore."""
         shard = self._shards[number] = Shard(number, self._kept, self._runner)
+        if self._watch is not None:
+            self._watch.check(shard.alive_ms)
+            shard.beat()
         ctx.timer_service().register_event_time_timer(END_OF_TIME)
         yield from self._emit(shard.resume(), ctx)
 
@@ -177,18 +199,21 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._keyed.key = own
 
     def _schedule(self, number: int, ctx: Any) -> None:
-        now = int(time.time() * 1000)
+        now = _now_ms()
         if self._timer is None and self.in_flight:
             self._timer = now + TIMER_MS
             ctx.timer_service().register_processing_time_timer(self._timer)
         if number not in self._shard_timers and self._shards[number].in_flight:
             self._shard_timers[number] = now + SHARD_TIMER_MS
             ctx.timer_service().register_processing_time_timer(now + SHARD_TIMER_MS)
+        if self._watch is not None and number not in self._beats:
+            self._beats[number] = now + self._watch.beat_ms
+            ctx.timer_service().register_processing_time_timer(self._beats[number])
         self._counters.report()
 
     def _emit(self, outputs: Iterator[Output], ctx: Any) -> Iterator[Any]:
         for out in outputs:
-            stamp = out.timestamp if out.timestamp is not None else int(time.time() * 1000)
+            stamp = out.timestamp if out.timestamp is not None else _now_ms()
             low = low_mark(ctx.timer_service().current_watermark(), self._runner.event_times.oldest())
             row = Row(out.key, out.value, out.headers, out.topic, low)
             tag = _TAGS.get(out.kind)
@@ -250,6 +275,10 @@ class _Counters:
                 self._flink[name] = self._group.counter(name)
             self._flink[name].inc(count - self._reported.get(name, 0))
             self._reported[name] = count
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _side(stream: DataStream, tag: OutputTag) -> Any:

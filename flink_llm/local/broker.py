@@ -49,11 +49,13 @@ def state_folder(environ: Mapping[str, str] = os.environ) -> Path:
 class Broker:
     """The broker of one state folder. `up` and `down` may come from different processes.
 
-    `port` is chosen free at the first `up` and kept, unless one is given.
+    `port` is chosen free at the first `up` and kept, unless one is given. `properties` are Kafka's own
+    settings; `{port}` and `{controller}` in their values stand for the broker's ports.
     """
 
-    def __init__(self, state: Path, port: int | None = None) -> None:
+    def __init__(self, state: Path, port: int | None = None, properties: Mapping[str, str] | None = None) -> None:
         self._state = state
+        self._properties = dict(properties or {})
         self._folder = state / "kafka"
         self._wanted = port
         self._config = self._folder / "server.properties"
@@ -135,7 +137,8 @@ class Broker:
         if not processes.port_is_free(port):
             raise LocalError(f"port {port} is in use: give another one with --port")
         data = self._folder / "data"
-        text = SETTINGS.format(port=port, controller=processes.free_port(), data=data)
+        more = "".join(f"{name}={value}\n" for name, value in self._properties.items())  # of two, the last one holds
+        text = (SETTINGS + more).format(port=port, controller=processes.free_port(), data=data)
         self._config.write_text(text)
         classpath = os.pathsep.join(str(jar) for jar in jars.jars("broker"))
         java = [jars.java()[0], "-Xmx512m", "-XX:+UseSerialGC", "-cp", classpath]

@@ -43,16 +43,19 @@ _OF_A_MINI_CLUSTER = ("_python_worker_execution_mode", "FLINK_LLM_LOCAL", "PYFLI
 class Cluster:
     """A job manager and task managers below `home`. A context manager: up on entry, down on exit.
 
-    `slots` are those of each task manager. `properties` are Flink options, set as they are.
+    `slots` are those of each task manager. `properties` are Flink options, set as they are. With
+    `zookeeper`, its port on this machine, jobs outlive the job manager: a server runs at that port too.
     """
 
     def __init__(
-        self, home: Path, *, task_managers: int = 1, slots: int = 2, properties: dict[str, str] | None = None
-    ) -> None:
+        self, home: Path, *, task_managers: int = 1, slots: int = 2, properties: dict[str, str] | None = None,
+        zookeeper: int | None = None,
+    ) -> None:  # fmt: skip
         self._home = home.absolute()
         self._task_managers = task_managers
         self._slots = slots
         self._properties = dict(properties or {})
+        self._zookeeper = zookeeper
         self._rest = 0
 
     def __enter__(self) -> "Cluster":
@@ -76,6 +79,12 @@ class Cluster:
         """The folder of the log files."""
         return self._home / "log"
 
+    @property
+    def parts(self) -> list[str]:
+        """The names of its processes, in the order of their start."""
+        workers = [f"taskmanager-{number}" for number in range(self._task_managers)]
+        return [*(["zookeeper"] if self._zookeeper else []), "jobmanager", *workers]
+
     def up(self) -> None:
         """Starts everything and waits until all slots are there. Raises LocalError."""
         if any(self._started()):
@@ -84,13 +93,12 @@ class Cluster:
             self._lay_out()
         except OSError as error:
             raise LocalError(f"{self._home} cannot be written: {error.strerror or error}") from error
-        self._start("jobmanager", "jobmanager.sh")
-        for number in range(self._task_managers):
-            self._start(f"taskmanager-{number}", "taskmanager.sh")
+        for name in self.parts:
+            self.start(name)
         wanted = self._task_managers * self._slots
         deadline = time.monotonic() + START_S
         while self._slots_there() < wanted:
-            if len(self._started()) <= self._task_managers:
+            if len(self._started()) < len(self.parts):
                 raise LocalError(f"a process of the cluster ended at its start, see {self.logs}")
             if time.monotonic() > deadline:
                 raise LocalError(f"the cluster was not up within {START_S:.0f} s, see {self.logs}")
@@ -105,6 +113,19 @@ class Cluster:
             _kill(worker)
         for file in self._home.glob("*.pid.json"):
             file.unlink()
+
+    def start(self, name: str) -> None:
+        """Starts one of `parts` that is not there, as an orchestrator does with one that died. Does not wait."""
+        script = f"{name.partition('-')[0]}.sh"
+        command = ["bash", str(self._home / "bin" / script), "start-foreground"]
+        command += ["1"] if name == "zookeeper" else []
+        file = self._home / f"{name}.pid.json"
+        processes.start(command, self.logs / f"{name}.out", self._environ(), file=file)
+
+    def process(self, name: str) -> psutil.Process | None:
+        """Of one of `parts`, None when it is not there."""
+        started = processes.recall(self._home / f"{name}.pid.json")
+        return started.process() if started else None
 
     def submit(self, job_file: Path, *args: str, savepoint: str | None = None) -> str:
         """Submits a Python job, detached; its job id. Raises LocalError with the client's last words.
@@ -252,7 +273,23 @@ class Cluster:
             "heartbeat.timeout": 10_000,
             "io.tmp.dirs": str(self._home / "tmp"),
             "env.java.opts.all": f"{opened} -XX:+UseSerialGC",
+            **self._high_availability(),
             **self._properties,
+        }
+
+    def _high_availability(self) -> dict[str, Any]:
+        if self._zookeeper is None:
+            return {}
+        folder = self._home / "zookeeper"
+        server = f"dataDir={folder}\nclientPort={self._zookeeper}\nclientPortAddress=127.0.0.1\ntickTime=2000\n"
+        (self._home / "conf" / "zoo.cfg").write_text(f"{server}admin.enableServer=false\n")
+        return {
+            "high-availability.type": "zookeeper",
+            "high-availability.zookeeper.quorum": f"127.0.0.1:{self._zookeeper}",
+            "high-availability.storageDir": (self._home / "ha").as_uri(),
+            # A job manager that died is its jobs' leader until its session ends.
+            "high-availability.zookeeper.client.session-timeout": 10_000,
+            "zookeeper.heap.mb": 128,
         }
 
     def _environ(self) -> dict[str, str]:
@@ -264,11 +301,6 @@ class Cluster:
         environ |= {f"FLINK_{name.upper()}_DIR": str(flink_home() / name) for name in ("opt", "plugins")}
         java = Path(jars.java()[0]).resolve()
         return {**environ, "_FLINK_HOME_DETERMINED": "1", "JAVA_HOME": str(java.parents[1])}
-
-    def _start(self, name: str, script: str) -> None:
-        command = ["bash", str(self._home / "bin" / script), "start-foreground"]
-        file = self._home / f"{name}.pid.json"
-        processes.start(command, self.logs / f"{name}.out", self._environ(), file=file)
 
     def _started(self, pattern: str = "*") -> list[processes.Started]:
         found = [processes.recall(file) for file in sorted(self._home.glob(f"{pattern}.pid.json"))]
