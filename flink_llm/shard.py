@@ -95,7 +95,7 @@ class Shard:
 
     def beat(self) -> None:
         """Writes down that the shard is alive: `alive_ms` of a restored one is when it last was."""
-        self._kept.set_meta(self._settings.shards, self._settings.max_parallelism, _now_ms())
+        self._kept.set_meta(self._settings.shards, self._settings.max_parallelism, self._now_ms())
 
     # Arrival.
 
