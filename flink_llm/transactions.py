@@ -1,4 +1,4 @@
-"""Exactly once, and an outage that outlasts the transactions: loud, never silent. ADR 17.
+"""Exactly once, and an outage that outlasts the transactions: loud, never silent. ADR 16.
 
 Flink's Kafka sink logs that a transaction can no longer be committed, and goes on: what was in it is lost.
 A transaction that the broker has dropped is one older than its timeout. So nothing may be committed that is
