@@ -1,7 +1,21 @@
-"""The clock of the records in a subtask, which stands still while a part is out."""
+"""What time it is for a runner, and the clock of its records, which stands still while a part is out."""
 
+import asyncio
 import time
 from collections.abc import Callable
+
+from msgspec import Struct
+
+
+class Times(Struct, frozen=True):
+    """`clock` gives seconds and never goes back, `wall` those since the epoch, `loop` a loop that goes by `clock`."""
+
+    clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+    loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+
+
+REAL = Times()
 
 
 class RecordClock:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from flink_llm import codec
 from flink_llm.arrivals import EventTimes
 from flink_llm.call import EMPTY_STATE, Call, Failed, Lane, OperatorSettings, Outcome, Result
-from flink_llm.clock import RecordClock
+from flink_llm.clock import REAL, RecordClock, Times
 from flink_llm.deadlines import Deadlines
 from flink_llm.engine.generation import CallInfo, current_call
 from flink_llm.errors import FlinkLlmError, Overloaded, RecordError, Retriable, StateError
@@ -40,7 +39,7 @@ CLOSE_S = 10.0
 class Runner:
     """Runs `udf` for one subtask. `start`, then `submit` from one thread, `close` at the end.
 
-    `clock` gives seconds and never goes back, `wall` those since the epoch; a test's `loop` may have a time of its own.
+    `times` are real ones, unless a test has its own.
     """
 
     def __init__(
@@ -49,24 +48,21 @@ class Runner:
         services: Services,
         settings: OperatorSettings,
         *,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
-        loop: asyncio.AbstractEventLoop | None = None,
+        times: Times = REAL,
     ) -> None:
         self.settings = settings
-        self.wall = wall
+        self.wall = times.wall
         self.name = type(udf).__name__
         self.takes, self._returns = signature_of(udf)
         self.stateful = udf.stateful
         self.metrics = Metrics()
         self.event_times = EventTimes()
-        self.opened = False
-        self.places = Places(settings.capacity + settings.capacity // READ_AHEAD, clock)
-        self.clock = RecordClock(lambda: services.outage_since, stops=settings.on_outage == "wait", clock=clock)
+        self.places = Places(settings.capacity + settings.capacity // READ_AHEAD, times.clock)
+        self.clock = RecordClock(lambda: services.outage_since, stops=settings.on_outage == "wait", clock=times.clock)
         self._udf = udf
         self._services = services
         self._context = Context(services, self.metrics, logging.getLogger(f"flink_llm.handler.{self.name}"))
-        self._loop = loop or asyncio.new_event_loop()
+        self._loop = times.loop()
         self._thread = threading.Thread(target=self._serve, name=f"flink-llm {self.name}", daemon=True)
         self._inbox: deque[Call | Callable[[], None]] = deque()
         self._woken = False
@@ -178,7 +174,6 @@ class Runner:
             raise FlinkLlmError(f"{self.name}.open failed: {_told(error)}") from error
         await self._services.start()
         self._ticker = asyncio.create_task(self._tick())
-        self.opened = True
 
     async def _close(self) -> None:
         self._closing = True

@@ -57,8 +57,8 @@ def reused(port):
 def test_a_sessions_next_turn_finds_its_prefix_from_another_subtask_too(services):
     opened, port, folder = services
     settings = OperatorSettings(deadline=None)
-    with Harness(Chat(), opened(), settings=settings) as stays:
-        with Harness(Chat(), opened(), settings=settings) as first:
+    with Harness(Chat(), opened(), settings=settings, real_time=True) as stays:
+        with Harness(Chat(), opened(), settings=settings, real_time=True) as first:
             for session in ("a", "b", "c"):
                 turn(first, 0, session)
             assert reused(port) == 0
@@ -66,7 +66,9 @@ def test_a_sessions_next_turn_finds_its_prefix_from_another_subtask_too(services
             found = reused(port)
             assert found > 40  # the first turn, the template's words included
             state = first.checkpoint()
-        with Harness(Chat(), opened(), settings=settings, state=state) as moved:  # as after a change of parallelism
+        with Harness(
+            Chat(), opened(), settings=settings, real_time=True, state=state
+        ) as moved:  # as after a change of parallelism
             turn(moved, 2, "a")
             assert reused(port) > 2 * found  # two turns of it
             turn(moved, 1, "b")

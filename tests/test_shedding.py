@@ -181,7 +181,7 @@ def test_nobody_is_refused_while_a_part_is_out_or_after_a_restore():
     services = FakeServices({"slow": Script(fault="hang")})
     settings = OperatorSettings(deadline=5.0, shed=True)
     with Harness(Answering(), services, settings=settings) as harness:
-        services.outage_since = time.monotonic()
+        harness.outage(60.0)
         harness.outputs += harness.shard.receive(harness._keyer.arrive(old(time.time() - 60))[1].to_bytes())
         assert harness.shard.in_flight == 1
         state = harness.checkpoint()

@@ -80,6 +80,7 @@ class Stack:
         self.topics = {name: f"chaos.{name}" for name in ("requests", "responses", "tokens", "failures")}
         self._kafka_proxy = kafka_proxy
         self._own: dict[str, subprocess.Popen[bytes]] = {}
+        self._workers: list[psutil.Process] = []
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> "Stack":
@@ -166,6 +167,7 @@ class Stack:
         found = self.processes(part)
         if not found:
             raise RuntimeError(f"there is no {part} to strike")
+        self._workers += self.cluster.python_workers()  # they may outlive their task manager
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signum)
@@ -238,7 +240,7 @@ class Stack:
 
     def _end_workers(self) -> None:
         """The model host, and workers whose task manager was killed."""
-        for process in [*self.processes("host"), *_with_argument(str(self.folder))]:
+        for process in [*self._workers, *self.processes("host"), *_with_argument(str(self.folder))]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
 

@@ -10,6 +10,7 @@ from msgspec import Struct
 from flink_llm import codec
 from flink_llm.arrivals import Arrival, Keyer, KeySpec
 from flink_llm.call import OperatorSettings
+from flink_llm.clock import Times
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.kept import Kept
 from flink_llm.runner import READ_AHEAD, Runner
@@ -213,9 +214,8 @@ class Harness:
     # Inside.
 
     def _runner(self, udf: AsyncUdf) -> Runner:
-        return Runner(
-            udf, self.services, self._settings, clock=self.loop.time, wall=self.loop.wall, loop=self.loop
-        )  # fmt: skip
+        times = Times(self.loop.time, self.loop.wall, lambda: self.loop)
+        return Runner(udf, self.services, self._settings, times=times)
 
     def _another_worker(self) -> AsyncUdf:
         if isinstance(self._unopened, Exception):
@@ -223,8 +223,8 @@ class Harness:
         return copy.deepcopy(self._unopened)
 
     def _start(self) -> None:
-        # Opening may take time, which must not pass before it has begun, nor after it.
-        self.loop.set_free(lambda: self.runner.opened or not asyncio.all_tasks(self.loop))
+        # Opening may take time, which must not pass before it has begun, nor after it, when the ticker is there.
+        self.loop.set_free(lambda: hasattr(self.runner, "_ticker") or not asyncio.all_tasks(self.loop))
         try:
             self.runner.start()
         finally:

@@ -143,27 +143,26 @@ class _Playing:
 
     def play(self, event: Event | None = None) -> None:
         if event is not None:
-            self.emit(_dated(event))
+            self._say(event)
         loop = asyncio.get_running_loop()
         for due, event in self._timeline:
             if due > loop.time():
                 self._timer = loop.call_at(due, self.play, event)
                 return
-            self.emit(_dated(event))
-            if not isinstance(event, Tokens):
-                self.stop()
+            self._say(event)
+
+    def _say(self, event: Event) -> None:
+        if not isinstance(event, Tokens):
+            self.stop()
+        elif "{now}" in event.text:
+            event = msgspec.structs.replace(event, text=event.text.replace("{now}", f"{time.time():.6f}"))
+        self.emit(event)
 
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timeline = iter(())
         self._ended(self)
-
-
-def _dated(event: Event) -> Event:
-    if isinstance(event, Tokens) and "{now}" in event.text:
-        return msgspec.structs.replace(event, text=event.text.replace("{now}", f"{time.time():.6f}"))
-    return event
 
 
 def _timeline(
@@ -199,9 +198,9 @@ def _gap(script: Script, sequence: int) -> float:
 
 
 def _timed(done: Done, first_token_ms: float, per_token_ms: float) -> Done:
-    values = {name: getattr(done, name) for name in done.__struct_fields__}
-    times = {"first_token_ms": round(first_token_ms, 3), "per_token_ms": round(per_token_ms, 3)}
-    return Done(**{**values, **times})
+    return msgspec.structs.replace(
+        done, first_token_ms=round(first_token_ms, 3), per_token_ms=round(per_token_ms, 3)
+    )  # fmt: skip
 
 
 def _events(script: Script, work: Submit, generation: str) -> Iterator[Event]:

@@ -59,7 +59,7 @@ class VirtualLoop(KeptLoop):
         self._pause: Callable[[], bool] = lambda: False
         self._elsewhere = self._asked = self._marked = self._rested = 0
         self._changed = threading.Condition()
-        self._began = int(time.time())  # whole, so that milliseconds are
+        self._began = round(time.time(), 3)
         super().__init__(_Jumping(self._jump))
 
     def time(self) -> float:

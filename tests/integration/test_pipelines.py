@@ -42,3 +42,20 @@ def test_the_documented_program_answers_and_reports(tmp_path, broker: Broker):
         producer.close()
     assert found.get("notes.loud") == [{"id": "1", "text": "QUIET"}], (tmp_path / "said").read_text()
     assert [failure["code"] for failure in found["notes.failures"]] == ["malformed"]
+
+
+def test_the_documented_embedding_runs_and_is_refused_without_its_settings(tmp_path):
+    [code] = [code for mark, code in blocks(ROOT / "docs" / "pipelines.md") if mark.strip() == "embed"]
+    program = tmp_path / "embed.py"
+    settings = ("configuration.set_string", "env.set_buffer_timeout")
+    untouched = "\n".join(line for line in code.splitlines() if not line.startswith(settings))
+    for text, status in ((code, 0), (untouched, 1)):
+        program.write_text(text)
+        ran = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+        assert ran.returncode == status, ran.stderr[-2000:]
+        if status == 0:
+            assert '{"order":"o1","said":"12 is a fair price"}' in ran.stdout
+        else:
+            last = ran.stderr.strip().splitlines()[-1]
+            assert "python.fn-execution.bundle.size is 1000, more than an eighth of capacity=256" in last
+            assert last.endswith("or set it to 32 at most")
