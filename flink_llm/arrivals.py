@@ -159,8 +159,12 @@ class Keyer:
             return self._key(msgspec.structs.replace(arrival, key="").request(self._as_type))
         value = arrival.value if arrival.from_kafka else arrival.element
         if isinstance(value, (bytes, str)):
-            return self._probe.decode(value).key
-        return value.get(self._key) if isinstance(value, dict) else getattr(value, self._key)
+            key = self._probe.decode(value).key
+        else:
+            key = value.get(self._key) if isinstance(value, dict) else getattr(value, self._key)
+        if key is None:
+            raise LookupError(f"it has no field {self._key!r}, or null there")
+        return key
 
 
 def _canonical(key: Any) -> str:
