@@ -72,7 +72,7 @@ def test_one_of_a_later_release_is_refused_with_both_versions(job, tmp_path):
     shutil.copytree(SAVEPOINT, doctored)
     changed = 0
     for file in doctored.iterdir():
-        data, count = META.subn(rb"\x07\1", file.read_bytes())
+        data, count = META.subn(lambda found: b"\x07" + found[1], file.read_bytes())
         changed += count
         file.write_bytes(data)
     assert changed
