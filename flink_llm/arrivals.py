@@ -18,6 +18,8 @@ from flink_llm.errors import RecordError, StateError
 
 KeySpec = str | Callable[[Any], Any]
 _HEADER_LIMIT, _HEADER_VALUE_LIMIT = 16, 256
+_TRACE_LIMITS = {"traceparent": 512, "tracestate": 512}
+"""Characters of what a trace is followed by, which comes first: W3C Trace Context asks for 512 of `tracestate`."""
 
 
 class Arrival(Struct, frozen=True, kw_only=True):
@@ -80,14 +82,12 @@ class Arrival(Struct, frozen=True, kw_only=True):
         return self.element if isinstance(self.element, bytes) else codec.pack(self.element)
 
     def short_headers(self) -> dict[str, str]:
-        """The headers as text for a failure record: 16 of them at most, 256 characters each."""
-        items = list(self.headers.items())[:_HEADER_LIMIT]
-        return {
-            codec.printable(name, _HEADER_VALUE_LIMIT): codec.printable(
-                (value or b"")[: 4 * _HEADER_VALUE_LIMIT].decode("utf-8", "replace"), _HEADER_VALUE_LIMIT
-            )
-            for name, value in items
-        }
+        """The headers as text for a failure record: 16 of them at most, 256 characters each.
+
+        A trace's are among them, whole to 512 characters.
+        """
+        items = sorted(self.headers.items(), key=lambda item: item[0] not in _TRACE_LIMITS)[:_HEADER_LIMIT]
+        return {codec.printable(name, _HEADER_VALUE_LIMIT): _short(name, value or b"") for name, value in items}
 
     @property
     def envelope_bytes(self) -> int:
@@ -159,8 +159,12 @@ class Keyer:
             return self._key(msgspec.structs.replace(arrival, key="").request(self._as_type))
         value = arrival.value if arrival.from_kafka else arrival.element
         if isinstance(value, (bytes, str)):
-            return self._probe.decode(value).key
-        return value.get(self._key) if isinstance(value, dict) else getattr(value, self._key)
+            key = self._probe.decode(value).key
+        else:
+            key = value.get(self._key) if isinstance(value, dict) else getattr(value, self._key)
+        if key is None:
+            raise LookupError(f"it has no field {self._key!r}, or null there")
+        return key
 
 
 def _canonical(key: Any) -> str:
@@ -169,3 +173,8 @@ def _canonical(key: Any) -> str:
     if isinstance(key, str):
         key = key.encode("utf-8", "surrogatepass")
     return key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else str(key)
+
+
+def _short(name: str, value: bytes) -> str:
+    limit = _TRACE_LIMITS.get(name, _HEADER_VALUE_LIMIT)
+    return codec.printable(value[: 4 * limit].decode("utf-8", "replace"), limit)

@@ -70,3 +70,12 @@ def test_the_oldest_in_flight_is_the_smallest_that_has_not_left(steps):
         else:
             times.remove(held.pop(number % len(held)))
         assert times.oldest() == min(held, default=None)
+
+
+def test_a_trace_is_whole_in_a_failures_headers_however_many_others_there_are():
+    trace = {"traceparent": b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01", "tracestate": b"x=" + b"1" * 500}
+    headers = {**{f"other-{n}": b"v" * 300 for n in range(20)}, **trace}
+    kept = Arrival(value=b"{}", headers=headers).short_headers()
+    assert {name: kept[name].encode() for name in trace} == trace
+    assert len(kept) == 16
+    assert len(kept["other-0"]) == 256

@@ -418,6 +418,14 @@ def test_a_handler_that_cannot_open_leaves_no_thread():
     assert not run.runner._thread.is_alive()
 
 
+def test_a_record_without_the_key_says_which_field_it_lacks():
+    with Harness(Reading(), FakeServices(features={"users": {}})) as run:
+        run.send({"user_id": "a"})
+        run.finish()
+    assert (run.results(), run.failures()[0]["code"]) == ([], "bad_key")
+    assert "it has no field 'session_id', or null there" in run.failures()[0]["message"]
+
+
 # Reader.
 
 
