@@ -276,6 +276,8 @@ class Shard:
         """Runs again, in order of arrival, what was in flight when the state was written."""
         held, self._held = self._held, []
         self.restored = len(held)
+        if held:
+            self.runner.metrics.add("restored", len(held))
         for sequence in held:
             arrived_ms, data = self._kept.record(sequence)
             yield from self._admit(sequence, data, arrived_ms, restored=True)

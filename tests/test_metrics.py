@@ -249,3 +249,13 @@ def test_a_real_host_tells_what_it_did(hosted: Hosted, tmp_path: Path) -> None:
     assert tiny_s("cache_tokens", "tiny", "used") == 0
     assert 0 < tiny_s("cache_tokens", "tiny", "kept") <= 1024
     assert ("flink_llm_slots", "embedding") not in found
+
+
+def test_the_operators_table_is_what_it_counts() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "metrics.md").read_text().partition("## The operator's")[2]
+    told = {name.removesuffix("CODE") for name in re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)}
+    files = [*(root / "flink_llm").glob("*.py"), *(root / "udfs").glob("*.py")]
+    calls = [re.findall(r'metrics\.add\(f?"([\w.]+)', file.read_text()) for file in files]
+    assert told == {name for found in calls for name in found}
+
