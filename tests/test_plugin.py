@@ -28,7 +28,7 @@ def run(folder, *arguments, **environ):
 @pytest.mark.timeout(400)
 def test_the_files_of_the_pages_pass_their_own_tests(tmp_path):
     files = set()
-    for page in ("handlers.md", "testing.md"):
+    for page in ("handlers.md", "testing.md", "degradation.md"):
         for mark, part in blocks(ROOT / "docs" / page):
             files.add(mark.strip())
             with open(tmp_path / mark.strip(), "a") as file:
