@@ -28,7 +28,7 @@ def run(folder, *arguments, **environ):
 @pytest.mark.timeout(400)
 def test_the_files_of_the_pages_pass_their_own_tests(tmp_path):
     files = set()
-    for page in ("handlers.md", "testing.md", "degradation.md"):
+    for page in ("handlers.md", "testing.md"):
         for mark, part in blocks(ROOT / "docs" / page):
             files.add(mark.strip())
             with open(tmp_path / mark.strip(), "a") as file:
@@ -37,6 +37,14 @@ def test_the_files_of_the_pages_pass_their_own_tests(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nflink_llm_without_java = fail\n")
     ran = run(tmp_path)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
+
+
+def test_the_degrading_handler_passes_its_own_tests(tmp_path):
+    for mark, part in blocks(ROOT / "docs" / "degradation.md"):
+        (tmp_path / mark.strip()).write_text(part)
+    ran = run(tmp_path)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
+    assert "5 passed" in ran.stdout
 
 
 @pytest.mark.parametrize(("choice", "said"), [("skip", "1 passed, 2 skipped"), ("fail", "1 passed, 2 errors")])
