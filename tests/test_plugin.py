@@ -39,6 +39,14 @@ def test_the_files_of_the_pages_pass_their_own_tests(tmp_path):
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
 
 
+def test_the_degrading_handler_passes_its_own_tests(tmp_path):
+    for mark, part in blocks(ROOT / "docs" / "degradation.md"):
+        (tmp_path / mark.strip()).write_text(part)
+    ran = run(tmp_path)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
+    assert "5 passed" in ran.stdout
+
+
 @pytest.mark.parametrize(("choice", "said"), [("skip", "1 passed, 2 skipped"), ("fail", "1 passed, 2 errors")])
 def test_without_java_a_test_is_skipped_or_fails_as_it_was_told(choice, said, tmp_path):
     (tmp_path / "test_suite.py").write_text(SUITE)

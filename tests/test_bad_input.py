@@ -1,0 +1,73 @@
+"""Handlers and key functions that do what they should not: a failure record each, and the others go on."""
+
+import asyncio
+
+import pytest
+
+from flink_llm.call import UNSENT_PARTIALS_LIMIT
+from flink_llm.handler import AsyncUdf
+from flink_llm.records import ChatRequest, Message
+from flink_llm.testing import FakeServices, Harness, Script
+
+
+class Doing(AsyncUdf):
+    async def call(self, request: dict, ctx) -> dict:
+        if request["do"] == "raise":
+            await ctx.emit({"n": 0})
+            raise ValueError("after a partial")
+        if request["do"] == "type":
+            return ["no dict"]
+        for number in range(request.get("partials", 0)):
+            await ctx.emit({"n": number})
+            assert ctx._call.emitted - ctx._call.sent <= UNSENT_PARTIALS_LIMIT
+        return {"ok": True}
+
+
+@pytest.mark.parametrize(("do", "code", "partials"), [("raise", "handler_error", 1), ("type", "bad_result", 0)])
+def test_a_bad_end_is_a_failure_and_the_next_is_answered(do, code, partials):
+    with Harness(Doing(), key="do") as run:
+        run.send({"do": do})
+        run.send({"do": "well"})
+        run.finish()
+    assert [failure["code"] for failure in run.failures()] == [code]
+    assert (len(run.partials()), run.results()) == (partials, [{"ok": True}])
+
+
+def test_a_key_function_that_raises_is_a_failure():
+    with Harness(Doing(), key=lambda request: request["none"]) as run:
+        run.send({"do": "well"})
+        run.finish()
+    assert [failure["code"] for failure in run.failures()] == ["bad_key"]
+
+
+def test_partials_without_end_wait_for_those_before_them():
+    with Harness(Doing(), key="do") as run:
+        run.send({"do": "well", "partials": 5_000})
+        run.finish()
+    assert (len(run.partials()), run.results()) == (5_000, [{"ok": True}])
+
+
+class Asking(AsyncUdf):
+    async def open(self, ctx):
+        self.model, self.embed = ctx.model("m"), ctx.embed("e")
+
+    async def call(self, request: ChatRequest, ctx):
+        await asyncio.gather(self.model.chat(request.messages), self.embed("x"))
+        return {"ok": True}
+
+
+def test_priority_reaches_generations_and_encoders(monkeypatch):
+    services = FakeServices({"m": Script(), "e": Script(kind="embedding")})
+    seen, start = {}, services.backend.start
+
+    def watched(work, *rest):
+        seen[work.kind] = work.priority
+        return start(work, *rest)
+
+    monkeypatch.setattr(services.backend, "start", watched)
+    with Harness(Asking(), services) as run:
+        run.send(ChatRequest(request_id="r", session_id="s", messages=[Message("user", "hi")], priority=2))
+        run.finish()
+    assert len(run.results()) == 1
+    assert len(seen) == 2
+    assert set(seen.values()) == {2}
