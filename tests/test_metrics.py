@@ -258,4 +258,3 @@ def test_the_operators_table_is_what_it_counts() -> None:
     files = [*(root / "flink_llm").glob("*.py"), *(root / "udfs").glob("*.py")]
     calls = [re.findall(r'metrics\.add\(f?"([\w.]+)', file.read_text()) for file in files]
     assert told == {name for found in calls for name in found}
-
