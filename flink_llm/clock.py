@@ -39,11 +39,12 @@ class RecordClock:
         at = self._clock()
         return at - self._stood_still - self._still_since_tick(at)
 
-    def tick(self) -> None:
-        """Books what the clock has stood still since the last tick."""
+    def tick(self) -> float:
+        """Books what the clock has stood still since the last tick; how many seconds ago that was."""
         at = self._clock()
         self._stood_still += self._still_since_tick(at)
-        self._last_tick = at
+        passed, self._last_tick = at - self._last_tick, at
+        return passed
 
     def _still_since_tick(self, at: float) -> float:
         since = self._outage_since()

@@ -12,6 +12,8 @@ from flink_llm.handler import Metrics
 log = logging.getLogger(__name__)
 GRACE_S = 1.0
 """How long a call may take to end once it was cancelled."""
+BLOCKED_S = 0.5
+"""From here on a late tick is worth a word: nobody else was served meanwhile."""
 
 
 class Deadlines:
@@ -57,8 +59,20 @@ class Deadlines:
             return Failed("outage", "a part was out until the deadline")
         return Failed("deadline", DeadlineExceeded().message)
 
-    def expire(self) -> None:
-        """Ends whose deadline has passed."""
+    def tick(self) -> None:
+        """Called often: ends whose deadline has passed, and tells of a loop that somebody has held."""
+        passed = self._clock.tick()
+        if passed > BLOCKED_S:
+            self._metrics.add("blocked")
+            log.warning(
+                "the loop of %s stood still for %.1f s: a call blocks it instead of awaiting; asyncio.to_thread "
+                "keeps such work off the loop",
+                self._name,
+                passed,
+            )
+        self._expire()
+
+    def _expire(self) -> None:
         now = self._clock.now()
         for call in [call for call in self._timed if call.expires_at is not None and call.expires_at <= now]:
             generations = [one for one in call.info.open_generations if one.text] if call.info is not None else []

@@ -361,11 +361,11 @@ class Runner:
     # Clocks.
 
     async def _tick(self) -> None:
+        self.clock.tick()  # opening may take its time
         while True:
             await asyncio.sleep(TICK_S)
-            self.clock.tick()
             try:
-                self._deadlines.expire()
+                self._deadlines.tick()
             except Exception:  # every deadline hangs on this task
                 log.exception("the deadlines of %s could not be looked after", self.name)
 

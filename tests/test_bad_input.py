@@ -1,10 +1,11 @@
 """Handlers and key functions that do what they should not: a failure record each, and the others go on."""
 
 import asyncio
+import time
 
 import pytest
 
-from flink_llm.call import UNSENT_PARTIALS_LIMIT
+from flink_llm.call import UNSENT_PARTIALS_LIMIT, OperatorSettings
 from flink_llm.handler import AsyncUdf
 from flink_llm.records import ChatRequest, Message
 from flink_llm.testing import FakeServices, Harness, Script
@@ -45,6 +46,26 @@ def test_partials_without_end_wait_for_those_before_them():
         run.send({"do": "well", "partials": 5_000})
         run.finish()
     assert (len(run.partials()), run.results()) == (5_000, [{"ok": True}])
+
+
+class Blocking(AsyncUdf):
+    async def call(self, request: dict, ctx) -> dict:
+        if request["do"] == "block":
+            time.sleep(0.8)  # noqa: ASYNC251
+        else:
+            await asyncio.sleep(60)
+        return {"ok": True}
+
+
+def test_a_call_that_blocks_the_loop_is_told_of_and_deadlines_go_on(caplog):
+    with Harness(Blocking(), key="do", settings=OperatorSettings(deadline=1.0), real_time=True) as run:
+        run.send({"do": "block"})
+        run.send({"do": "wait"})
+        run.finish()
+    assert run.results() == [{"ok": True}]
+    assert [failure["code"] for failure in run.failures()] == ["deadline"]
+    assert run.runner.metrics.counts["blocked"] >= 1
+    assert "the loop of Blocking stood still" in caplog.text
 
 
 class Asking(AsyncUdf):
