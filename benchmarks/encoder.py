@@ -74,10 +74,13 @@ class Ours:
         self._sockets.cleanup()
 
     def __call__(self, asked: Sequence[str]) -> Vectors:
-        async def everything() -> list[Any]:
-            return list(await asyncio.gather(*(self._embedder(text) for text in asked)))
+        found: list[Any] = []
 
-        return np.array([found.vector for found in self._runner.run(everything())])
+        async def everything() -> None:  # returns nothing: asyncio.Runner prints what a task returns, to no one
+            found.extend(await asyncio.gather(*(self._embedder(text) for text in asked)))
+
+        self._runner.run(everything())
+        return np.array([each.vector for each in found])
 
 
 class Bare:

@@ -47,6 +47,7 @@ def interleave(runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, list[flo
             if name in failed or (number and is_slow(name, figures)):
                 continue
             gc.collect()
+            gc.freeze()  # as the operator does: a full collection would walk all modules, those of peers as well
             try:
                 figures[name].append(runs[name](number))
             except Exception as error:  # a peer's errors share no base class, and it must not end the others' run

@@ -29,10 +29,11 @@ class Limits(Struct, frozen=True, kw_only=True):
     window: int = 512
 
 
-LIMITS = Limits()
+LIMITS = {"cpu": Limits(rows=24, padding=0.04), "cuda": Limits()}
+"""By device. A CPU gains nothing by more rows, whose activations leave its caches, and pays for all padding."""
 
 
-def next_run(lengths: Sequence[int], oldest_s: float, limits: Limits = LIMITS) -> list[int]:
+def next_run(lengths: Sequence[int], oldest_s: float, limits: Limits) -> list[int]:
     """Indices of the texts to run now, in order; never none of some.
 
     `lengths` are the tokens of those that wait, in the order in which they are due; the first has waited for

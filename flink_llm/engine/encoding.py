@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flink_llm.engine.answers import Answer, Answers, Numbers, content_key
-from flink_llm.engine.batching import next_run
+from flink_llm.engine.batching import LIMITS, next_run
 from flink_llm.engine.encoder import Encoder
 from flink_llm.engine.job import Job, Said
 from flink_llm.engine.metrics import ModelMetrics
@@ -78,6 +78,7 @@ class Encoding:
         self._limit = manifest.context_length
         self._queue = settings.queue
         self._answers = answers
+        self._limits = LIMITS[device.partition(":")[0]]
         self._tokenizer = Tokenizer(folder.files["tokenizer.json"], manifest.vocab_size)
         marks = self._tokenizer.pair_marks + 1 if self._kind == "rerank" else self._tokenizer.marks
         if marks >= self._limit:
@@ -187,7 +188,7 @@ class Encoding:
         if not self._waiting:
             return
         waited = time.monotonic() - self._waiting[0].since  # by rank: of one lane it is the oldest
-        chosen = set(next_run([len(row.tokens) for row in self._waiting], waited))
+        chosen = set(next_run([len(row.tokens) for row in self._waiting], waited, self._limits))
         yield from (row for i, row in enumerate(self._waiting) if i in chosen)
         self._waiting = [row for i, row in enumerate(self._waiting) if i not in chosen]
 

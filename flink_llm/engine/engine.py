@@ -25,7 +25,7 @@ from flink_llm.engine.stock import needed_bytes
 from flink_llm.errors import FlinkLlmError, ModelFolderError, Outage
 
 log = logging.getLogger(__name__)
-TAKEN_PER_STEP = 64
+TAKEN_PER_STEP = 256
 TAKING_S = 0.02
 """How much new work is tokenised before the next step: what is running must not wait for it."""
 FREEING_S = 0.005

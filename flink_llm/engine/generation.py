@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
@@ -11,6 +10,7 @@ from typing import Any, Self, Unpack
 import msgspec
 from msgspec import NODEFAULT, Struct
 
+from flink_llm.engine.ids import new_id
 from flink_llm.engine.options import Choices, chosen
 from flink_llm.engine.protocol import (
     Done,
@@ -27,7 +27,16 @@ from flink_llm.engine.protocol import (
 from flink_llm.errors import ConfigError, Outage, Overloaded, RecordError
 from flink_llm.records import ChatResponse, Logprob, Message, Timings, TokenRecord, Usage
 
-_fields = lru_cache(msgspec.structs.fields)
+
+@lru_cache
+def _defaults(struct: type[Struct]) -> list[tuple[str, Any]]:
+    """Of each field its name and default, which is only ever compared with."""
+    return [
+        (field.name, field.default if field.default_factory is NODEFAULT else field.default_factory())
+        for field in msgspec.structs.fields(struct)
+    ]
+
+
 _stable = msgspec.msgpack.Encoder(order="deterministic")
 _NOT_CONTENT = frozenset({"call", "work", "request_id", "deadline", "priority"})
 """Fields of a `Submit` that do not make it other work: how it is asked for, not what."""
@@ -70,7 +79,7 @@ def _call_info() -> CallInfo:
     info = current_call.get(None)
     if info is not None:
         return info
-    return CallInfo(job="", operator="", key=uuid.uuid4().hex, request_id="outside", session_id="")
+    return CallInfo(job="", operator="", key=new_id(), request_id="outside", session_id="")
 
 
 def work_id(info: CallInfo, what: Submit) -> str:
@@ -92,11 +101,10 @@ def work_id(info: CallInfo, what: Submit) -> str:
 def _stated(struct: Struct) -> dict[str, Any]:
     """The fields that are not as by default, by name."""
     found = {}
-    for field in _fields(type(struct)):
-        value = getattr(struct, field.name)
-        default = field.default if field.default_factory is NODEFAULT else field.default_factory()
+    for name, default in _defaults(type(struct)):
+        value = getattr(struct, name)
         if value != default:
-            found[field.name] = _stated(value) if isinstance(value, Struct) else value
+            found[name] = _stated(value) if isinstance(value, Struct) else value
     return found
 
 

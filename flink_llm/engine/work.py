@@ -7,7 +7,6 @@ whose listeners were lost, rather than gone, goes on for a while so that a resta
 
 import asyncio
 import logging
-import uuid
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
@@ -15,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from flink_llm.engine.faults import closed, fault_of
+from flink_llm.engine.ids import new_id
 from flink_llm.engine.protocol import Done, Event, Fault, Loaded, Submit, Tokens
 from flink_llm.errors import Outage
 
@@ -110,7 +110,7 @@ class _Alive:
     def __init__(self, work: Submit) -> None:
         self.work = work.work
         self.kind = work.kind
-        self.generation = uuid.uuid4().hex
+        self.generation = new_id()
         self.said: list[Event] = []
         self.listeners: list[Listener] = []
         self.cancel: Callable[[], None] = lambda: None
