@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flink_llm.engine.pace import RETRY_S, RETRY_UNKNOWN_S, SMOOTH
-from flink_llm.engine.scheduler import AGEING_S, HOLD_S, HOLD_SHARE, LANES, SPREAD, Entry, Scheduler
+from flink_llm.engine.scheduler import AGEING_S, DELAY_SHARE, HOLD_S, HOLD_SHARE, LANES, SPREAD, Entry, Scheduler, Tempo
 from flink_llm.errors import Overloaded
 
 CHUNK = 8
@@ -104,8 +104,7 @@ ARRIVALS = st.lists(
 @given(ARRIVALS, st.integers(0, 9), st.integers(1, 4), st.integers(1, 40))
 def test_waiting_is_bounded_whoever_comes_and_goes(arrivals, priority, slots, size):
     """Only who came before, or within its ageing time after it, may be ahead of a request; but for one hold."""
-    ticks = itertools.count(0, HOLD_S)
-    scheduler: Scheduler[str] = Scheduler(slots=slots, limit=1000, clock=lambda: next(ticks))
+    scheduler: Scheduler[str] = Scheduler(slots=slots, limit=1000)
     patient = scheduler.add("patient", prompt(size), priority=priority, now=0.0)
     now, steps, ahead = 0.0, 0, -(-size // CHUNK) + 2
     for gap, other, length, leaves in arrivals:
@@ -128,6 +127,7 @@ def test_waiting_is_bounded_whoever_comes_and_goes(arrivals, priority, slots, si
 def step(scheduler: Scheduler[str]) -> None:
     """A step in which everybody who decodes has come to the end."""
     plan = scheduler.plan(CHUNK)
+    scheduler.waited(HOLD_S)
     if plan.prefill:
         scheduler.advance(plan.prefill[0], plan.prefill[2])
     for entry in plan.decode:
@@ -404,9 +404,45 @@ def test_no_reply_stands_still_for_long_in_all(steps):
         assert not waits or plan.prefill, "nobody is held for nothing"
         if plan.prefill:
             scheduler.advance(plan.prefill[0], plan.prefill[2])
+            scheduler.waited(seconds)
         clock.now += seconds
         for entry in plan.decode[:1]:
             scheduler.remove(entry)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 200), st.integers(1, 90)), min_size=1, max_size=40),
+    st.sampled_from([0.0001, 0.001, 0.004]),
+)
+def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s):
+    tempo = Tempo(token_s=token_s, step_s=0.01)
+    scheduler: Scheduler[int] = Scheduler(slots=4, limit=1000, clock=Clock())
+    seen: dict[int, float] = {}
+    arrivals = iter(steps)
+    count, left = 0, sum(number for number, _, _ in steps)
+    for _ in range(100_000):
+        number, length, tokens = next(arrivals, (0, 1, 1))
+        for _ in range(number):
+            scheduler.add(count, prompt(length), priority=5, now=0.0, tokens=tokens)
+            count += 1
+        plan = scheduler.plan(16, 64, tempo)
+        if plan.prefill:
+            seconds = plan.tokens * token_s
+            waits = [entry for entry in scheduler._running if not entry.left]
+            for entry in waits:
+                seen[entry.item] = seen.get(entry.item, 0.0) + seconds
+            scheduler.waited(seconds)
+            for entry, read in [plan.prefill[::2], *((one, one.left) for one in plan.beside)]:
+                scheduler.advance(entry, read)
+        for entry in plan.decode:
+            scheduler.decoded(entry, 1)
+            if entry.said >= entry.limit:
+                assert seen.get(entry.item, 0.0) <= DELAY_SHARE * tempo.step_s * entry.limit + 1e-9
+                scheduler.remove(entry)
+                left -= 1
+        if not left:
+            return
+    raise AssertionError("somebody waits for ever")
 
 
 def test_a_burst_of_prompts_of_about_one_length_is_read_in_one_run():

@@ -16,7 +16,7 @@ from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.pace import smoothed
 from flink_llm.engine.preparing import Prepared, Preparing
 from flink_llm.engine.sampling import sample
-from flink_llm.engine.scheduler import Entry, Scheduler
+from flink_llm.engine.scheduler import Entry, Scheduler, Tempo
 from flink_llm.engine.sequence import Sequence
 from flink_llm.engine.settings import HostSettings
 from flink_llm.errors import RecordError
@@ -85,6 +85,7 @@ class Decoding:
             now=job.metrics.arrived,
             left=job.left(),
             key=job.work.adapter,
+            tokens=job.work.options.max_tokens,
         )
         self._entries[id(entry)] = entry
 
@@ -94,13 +95,16 @@ class Decoding:
         for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
             entry.item.job.leave()
             self._leave(entry)
-        plan = self._scheduler.plan(self._chunk(), CHUNK)
+        plan = self._scheduler.plan(self._chunk(), CHUNK, Tempo(self._prompt_token_s or 0.0, self._step_s or 0.0))
         for entry in plan.sharing:
             self._decoder.copy(entry.source, _slot(entry), entry.shared)
-        if plan.prefill is not None and plan.beside:
-            self._prefill_together([plan.prefill[0], *plan.beside], said)
-        elif plan.prefill is not None:
-            self._prefill(*plan.prefill, said)
+        if plan.prefill is not None:
+            began = time.monotonic()
+            if plan.beside:
+                self._prefill_together([plan.prefill[0], *plan.beside], said)
+            else:
+                self._prefill(*plan.prefill, said)
+            self._scheduler.waited(time.monotonic() - began)
         if plan.decode:
             self._go_on(plan.decode, said)
         return bool(plan.prefill or plan.decode)

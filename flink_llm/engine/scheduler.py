@@ -24,6 +24,10 @@ HOLD_S = 0.5
 """How long, in all, a reply that has begun may stand still while others' prompts are read in one go."""
 HOLD_SHARE = 3
 """Replies that may stand still so for each prompt that is being read."""
+DELAY_SHARE = 0.3
+"""How much longer a reply may take, in all, for the prompts of others."""
+FORESEEN = 64
+"""Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
 
 
 SPREAD = 16
@@ -39,7 +43,8 @@ def lane_of(priority: int) -> int:
 class Entry(Generic[T]):
     """One request. Of its `prompt` `filled` tokens are in the cache; `slot` None while it waits, given at `began`.
 
-    The first `shared` of them were there before, in the slot `source`. `key`: see `Slots`.
+    The first `shared` of them were there before, in the slot `source`. `key`: see `Slots`. The reply has
+    `said` tokens of at most `limit`, and has waited for others' prompts for `delayed` seconds.
     """
 
     item: T
@@ -51,13 +56,28 @@ class Entry(Generic[T]):
     source: int = 0
     shared: int = 0
     began: float = 0.0
-    held: float = 0.0
+    limit: int = FORESEEN
+    said: int = 0
+    delayed: float = 0.0
     gone: bool = False
 
     @property
     def left(self) -> int:
         """Tokens of the prompt that are still to be read."""
         return len(self.prompt) - self.filled
+
+    def may_wait(self, step_s: float) -> float:
+        """Seconds for which its reply may still wait for others' prompts, at so long a step."""
+        to_come = min(FORESEEN, max(0, self.limit - self.said))
+        return DELAY_SHARE * step_s * (self.said + to_come) - self.delayed
+
+
+@dataclass(frozen=True)
+class Tempo:
+    """Seconds that a token of a prompt takes, and a step of everybody who decodes; 0 where it is not known yet."""
+
+    token_s: float = 0.0
+    step_s: float = 0.0
 
 
 @dataclass(eq=False)
@@ -71,6 +91,14 @@ class Plan(Generic[T]):
     prefill: tuple[Entry[T], int, int] | None = None
     beside: list[Entry[T]] = field(default_factory=list)
     decode: list[Entry[T]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts that its run reads, padding included."""
+        if self.prefill is None:
+            return 0
+        count = self.prefill[2]
+        return max([count, *(entry.left for entry in self.beside)]) * (1 + len(self.beside))
 
 
 class Scheduler(Generic[T]):
@@ -99,8 +127,7 @@ class Scheduler(Generic[T]):
         self._clock = clock
         self._pace = Pace(slots)
         self._running: list[Entry[T]] = []
-        self._held: list[Entry[T]] = []
-        self._held_at = 0.0
+        self._decoding: list[Entry[T]] = []
 
     @property
     def waiting(self) -> int:
@@ -125,8 +152,11 @@ class Scheduler(Generic[T]):
         now: float,
         left: float | None = None,
         key: str = "",
+        tokens: int = FORESEEN,
     ) -> Entry[T]:
         """Queues a request that arrived at `now` and has `left` seconds, None for ever; what is shared has its `key`.
+
+        Its reply has `tokens` at most.
 
         Raises Overloaded, with a time to come again, when `limit` wait already, or when its wait for a slot
         is known to be longer than what is left. While a slot is free nobody is refused.
@@ -136,7 +166,7 @@ class Scheduler(Generic[T]):
         free = self._slots.free
         self._pace.admit(ahead + 1 - free, left, full=len(self._queue) - free >= self._limit)
         self._arrivals += 1
-        entry = Entry(item, prompt, rank, key)
+        entry = Entry(item, prompt, rank, key, limit=tokens)
         self._queue.insert(ahead, entry)
         return entry
 
@@ -155,22 +185,34 @@ class Scheduler(Generic[T]):
             self._running.remove(entry)
             self._slots.release(entry.slot, keep=keep)
 
-    def plan(self, chunk: int, whole: int | None = None) -> Plan[T]:
+    def plan(self, chunk: int, whole: int | None = None, tempo: Tempo = Tempo()) -> Plan[T]:
         """What to do in the next step, `chunk` tokens of a prompt at most, or `whole` where nobody waits for them.
 
-        The caller runs it, then says `advance` of all that it prefilled, and of each token decoded.
+        No prompt is read where that would delay a reply by more than `DELAY_SHARE` of its own time, as far as
+        `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that it prefilled, and
+        `decoded` of each token.
         """
         plan = Plan(sharing=self._admit())
-        decoding = [entry for entry in self._running if not entry.left]
+        decoding = self._decoding = [entry for entry in self._running if not entry.left]
         filling = [entry for entry in self._running if entry.left]
-        plan.decode = [] if self._hold(decoding, len(filling)) else decoding
-        if filling:
-            first = min(filling, key=lambda entry: entry.rank)
-            most = chunk if plan.decode or whole is None else whole
-            plan.prefill = (first, first.filled, min(most, first.left))
-            if self._together and not first.filled and first.left < most:
-                plan.beside = _beside(first, filling, most)
+        spare = min((entry.may_wait(tempo.step_s) for entry in decoding), default=0.0)
+        hold = self._hold(decoding, len(filling))
+        for held in (True, False) if hold else (False,):
+            plan.decode = [] if held else decoding
+            self._read(plan, filling, chunk if plan.decode or whole is None else whole)
+            if not (decoding and tempo.step_s) or plan.tokens * tempo.token_s <= spare:
+                return plan
+        plan.prefill, plan.beside = None, []
         return plan
+
+    def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int) -> None:
+        if not filling:
+            return
+        first = min(filling, key=lambda entry: entry.rank)
+        plan.prefill = (first, first.filled, min(most, first.left))
+        plan.beside = []
+        if self._together and not first.filled and first.left < most:
+            plan.beside = _beside(first, filling, most)
 
     def _hold(self, decoding: list[Entry[T]], filling: int) -> bool:
         """Whether those who decode stand still for prompts of a burst.
@@ -178,12 +220,12 @@ class Scheduler(Generic[T]):
         A step of a few costs little less than one of all, and short chunks of prompts cost more than long
         ones: a burst is through earlier if its first replies wait for the others' prompts.
         """
-        now = self._clock()
-        for entry in self._held:
-            entry.held += now - self._held_at
-        hold = 0 < len(decoding) <= HOLD_SHARE * filling and all(entry.held < HOLD_S for entry in decoding)
-        self._held, self._held_at = decoding if hold else [], now
-        return hold
+        return 0 < len(decoding) <= HOLD_SHARE * filling and all(entry.delayed < HOLD_S for entry in decoding)
+
+    def waited(self, seconds: float) -> None:
+        """The prompts of the latest plan were read for so long: whoever decodes has waited for them."""
+        for entry in self._decoding:
+            entry.delayed += seconds
 
     def advance(self, entry: Entry[T], count: int) -> None:
         """`count` more tokens of the prompt are in the cache."""
@@ -193,6 +235,7 @@ class Scheduler(Generic[T]):
 
     def decoded(self, entry: Entry[T], token: int) -> None:
         """A token behind the prompt is in the cache."""
+        entry.said += 1
         if entry.slot is not None:
             self._slots.add(entry.slot, [token])
 
