@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from flink_llm import config_file
+from flink_llm.breakers import BreakerSettings
 from flink_llm.call import OperatorSettings
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.errors import ConfigError
@@ -119,6 +120,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     models: dict[str, str] = {}
     host: HostSettings = HostSettings()
     features: FeatureSettings | None = None
+    breaker: BreakerSettings = BreakerSettings()
     chat: Chat = Chat()
 
     def __repr__(self) -> str:

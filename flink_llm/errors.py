@@ -12,6 +12,7 @@
     │   └── Retriable        worth another try: a failure once that has not helped
     ├── Overloaded           refused for lack of room: tried again after `retry_after` seconds
     └── Outage               a part is down: no fault of any record; wait and try again
+        └── CircuitOpen      it has failed too often, and is left alone for `retry_after` seconds
 
 Two branches matter to the operator: `RecordError` (and any foreign exception that a handler
 raises) becomes a failure record at once; `Retriable`, `Outage` and `Overloaded` are tried again.
@@ -99,6 +100,14 @@ class Overloaded(FlinkLlmError):
 
 class Outage(FlinkLlmError):
     """A part the job stands on is gone: model host, feature store, memory."""
+
+
+class CircuitOpen(Outage):
+    """A part has failed several times in a row: this call has not reached it. Come again in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 CODES: dict[str, str] = {

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flink_llm.breakers import Breaker, Breakers, BreakerSettings
 from flink_llm.errors import ConfigError, Outage
 from flink_llm.feature_batches import Batch, ReaderThread, Waiter, Waiters, Waiting, answer, cancel
 from flink_llm.feature_keys import Key, Part, StoredRow, TableSpec
@@ -25,7 +26,6 @@ from flink_llm.names import unknown
 
 log = logging.getLogger(__name__)
 
-PROBE_S = 0.5
 CLOSE_S = 5.0
 FUTURE_S = 60.0
 """How far ahead of this clock a row may be dated before that is worth a warning."""
@@ -61,7 +61,7 @@ class FeatureTable:
 
         Raises RecordError `invalid` for a key of the wrong type, `missing_features` for a row that
         cannot be decoded or computed; ConfigError for an unknown or forgotten key; Outage while the
-        store is down or slower than `timeout_s`.
+        store is down or slower than `timeout_s`, CircuitOpen where it has been so several times in a row.
         """
         if self._spec is None:
             await self._client.start()
@@ -69,6 +69,8 @@ class FeatureTable:
         if keys.keys() != set(spec.keys):
             raise _wrong_keys(spec, list(keys))
         asked = [(part, _key_of(part, keys)) for part in spec.parts]
+        for part in spec.parts:
+            self._client.breaker(part.source).check()
         waiters = [self._client.enqueue(part.source, key) for part, key in asked if key is not None]
         rows = iter(await asyncio.gather(*waiters))
         merged = [(part, key, next(rows) if key is not None else None) for part, key in asked]
@@ -116,7 +118,8 @@ def _merged(given: Mapping[str, Any], parts: list[tuple[Part, Key | None, Stored
 class FeatureClient:
     """Reads one feature repository for one asyncio loop.
 
-    `clock` is monotonic and dates outages, `now` gives epoch seconds and ages of rows.
+    `clock` is monotonic and dates outages, `now` gives epoch seconds and ages of rows. What has failed is probed
+    every `reset_s` of the `breakers`, and what they close for is no longer read by anybody else.
     """
 
     def __init__(
@@ -125,11 +128,13 @@ class FeatureClient:
         *,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
+        breakers: Breakers | None = None,
     ) -> None:
         self.settings = settings
         self.store = Store(settings)
         self.now = now
         self._clock = clock
+        self._breakers = Breakers(BreakerSettings(), clock) if breakers is None else breakers
         self._closed = False
         self._reader = ReaderThread()
         self._tables: dict[str, FeatureTable] = {}
@@ -143,6 +148,10 @@ class FeatureClient:
     def outage_since(self) -> float | None:
         """`clock` when the first of those views failed that have not been read since; None while all is well."""
         return min((since for since, _ in self._out.values()), default=None)
+
+    def breaker(self, view: str) -> Breaker:
+        """That of a view."""
+        return self._breakers.named(f"features.{view}")
 
     def table(self, name: str) -> FeatureTable:
         """The view or service of that name. An unknown one is a ConfigError here, or in `start` if that
@@ -226,10 +235,12 @@ class FeatureClient:
             log.warning("%s: %s; its reads wait until it is back", view, error)
             if self._probing is None or self._probing.done():
                 self._probing = asyncio.create_task(self._probe())
+        self.breaker(view).report(error)
         for waiters in keys.values():
             answer(waiters, error)
 
     def _recovered(self, view: str) -> None:
+        self.breaker(view).report(None)
         if view in self._out:
             since, _ = self._out.pop(view)
             log.warning("the features %s are back after %.1f s", view, self._clock() - since)
@@ -237,6 +248,8 @@ class FeatureClient:
     async def _probe(self) -> None:
         """Reads what has failed until it is back, as those who were waiting may have given up."""
         while self._out:
-            await asyncio.sleep(PROBE_S)
+            await asyncio.sleep(self._breakers.settings.reset_s)
+            for view in self._out:
+                self.breaker(view).probing()
             probes = [self.enqueue(view, key) for view, (_, key) in self._out.items()]
             await asyncio.gather(*probes, return_exceptions=True)

@@ -7,7 +7,7 @@ asyncio loop, so it awaits whatever takes time and never blocks.
 import inspect
 import logging
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from flink_llm.errors import ConfigError, RecordError
 
 if typing.TYPE_CHECKING:
+    from flink_llm.breakers import Breaker
     from flink_llm.engine.generation import Model
     from flink_llm.engine.readers import Classifier, Embedder, Reranker, Tagger
     from flink_llm.features import FeatureTable
@@ -29,6 +30,10 @@ class Services(Protocol):
     def tagger(self, name: str) -> "Tagger": ...
     def reranker(self, name: str) -> "Reranker": ...
     def features(self, name: str) -> "FeatureTable": ...
+
+    @property
+    def breakers(self) -> "Mapping[str, Breaker]":
+        """Those of models and features by name, as far as they were used."""
 
     @property
     def outage_since(self) -> float | None:

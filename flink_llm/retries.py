@@ -6,7 +6,7 @@ Waits double, and each is drawn: calls that failed together must not come back t
 import random
 from collections.abc import Callable
 
-from flink_llm.errors import Outage, Overloaded, Retriable
+from flink_llm.errors import CircuitOpen, Outage, Overloaded, Retriable
 
 BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 5.0
 OVERLOADED_S, OVERLOADED_LIMIT_S = 0.01, 1.0
@@ -28,7 +28,7 @@ def wait_before(
     that, half is left for the try itself; None when there is too little. `draw` gives a number between two.
     """
     told, first, most = 0.0, BACKOFF_S, BACKOFF_LIMIT_S
-    if isinstance(error, (Overloaded, Retriable)):
+    if isinstance(error, (Overloaded, Retriable, CircuitOpen)):
         told = max(0.0, error.retry_after)
     if isinstance(error, Overloaded):
         first, most = OVERLOADED_S, OVERLOADED_LIMIT_S

@@ -21,7 +21,7 @@ from flink_llm.call import EMPTY_STATE, Call, Failed, Lane, OperatorSettings, Ou
 from flink_llm.clock import REAL, RecordClock, Times
 from flink_llm.deadlines import Deadlines
 from flink_llm.engine.generation import CallInfo, current_call
-from flink_llm.errors import FlinkLlmError, Overloaded, RecordError, Retriable, StateError
+from flink_llm.errors import CircuitOpen, FlinkLlmError, Overloaded, RecordError, Retriable, StateError
 from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services, check_result, signature_of
 from flink_llm.places import Places
 from flink_llm.retries import INFRASTRUCTURE, wait_before
@@ -55,6 +55,7 @@ class Runner:
         self.name = type(udf).__name__
         self.takes, self._returns = signature_of(udf)
         self.stateful = udf.stateful
+        self.breakers = services.breakers
         self.metrics = Metrics()
         self.event_times = EventTimes()
         self.places = Places(settings.capacity + settings.capacity // READ_AHEAD, times.clock)
@@ -238,7 +239,7 @@ class Runner:
                 return
             except INFRASTRUCTURE as error:
                 self.metrics.add("outages")
-                if call.attempt == 0:
+                if call.attempt == 0 and not isinstance(error, CircuitOpen):  # which says itself that it is
                     log.warning("%s: %s; the record waits and is tried again", self.name, error)
                 await self._wait_out(call, error, began)
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from msgspec import Struct
 
+from flink_llm.breakers import Breakers, BreakerSettings, GuardedEngine
 from flink_llm.engine.client import open_engine
 from flink_llm.engine.generation import Model
 from flink_llm.engine.protocol import Engine
@@ -26,11 +27,12 @@ TOLD_EVERY = 15
 
 
 class ServiceSettings(Struct, frozen=True, kw_only=True):
-    """`models` maps a name to its folder; `features` is None for a job without any."""
+    """`models` maps a name to its folder; `features` is None for a job without any. `breaker` is each one's."""
 
     models: dict[str, str] = {}
     host: HostSettings = HostSettings()
     features: FeatureSettings | None = None
+    breaker: BreakerSettings = BreakerSettings()
 
 
 def open_services(settings: ServiceSettings | Callable[[], Services] | None) -> Services:
@@ -45,6 +47,7 @@ class RealServices:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
+        self.breakers = Breakers(settings.breaker)
         self._engine: Engine | None = None
         self._served: dict[tuple[type, str], Any] = {}
         self._features: FeatureClient | None = None
@@ -74,7 +77,7 @@ class RealServices:
         if self._settings.features is None:
             raise ConfigError(f"features: the handler asks for {name!r}, the configuration names no repository")
         if self._features is None:
-            self._features = FeatureClient(self._settings.features)
+            self._features = FeatureClient(self._settings.features, breakers=self.breakers)
         return self._features.table(name)
 
     def _serve(self, kind: type[Served], name: str) -> Served:
@@ -83,13 +86,14 @@ class RealServices:
             raise ConfigError(unknown("models", name, self._settings.models))
         if self._engine is None:
             self._engine = open_engine(self._settings.host)
-        served: Served = self._served.setdefault((kind, name), kind(self._engine, name, folder))
+        guarded = GuardedEngine(self._engine, self.breakers.named(f"models.{name}"))
+        served: Served = self._served.setdefault((kind, name), kind(guarded, name, folder))
         return served
 
     @property
     def outage_since(self) -> float | None:
         """Since when the first part that is out has been out, in monotonic seconds."""
-        parts = [getattr(part, "outage_since", None) for part in (self._engine, self._features)]
+        parts = [getattr(part, "outage_since", None) for part in (self._engine, self._features, self.breakers)]
         out = [since for since in parts if since is not None]
         return min(out) if out else None
 

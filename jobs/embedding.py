@@ -25,7 +25,7 @@ def build(env: StreamExecutionEnvironment, config: JobConfig) -> None:
         key=config.operator.key,
         uid="embed",
         settings=config.operator_settings(),
-        services=ServiceSettings(models=config.models, host=config.host),
+        services=ServiceSettings(models=config.models, host=config.host, breaker=config.breaker),
     )
     edges.write(tables, outputs, config)
 

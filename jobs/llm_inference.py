@@ -19,7 +19,7 @@ def build(env: StreamExecutionEnvironment, config: JobConfig) -> None:
     """Adds the job to an environment. Raises ConfigError."""
     environment.configure(env, config.flink, capacity=config.operator.capacity)
     tables = environment.tables(env)
-    services = ServiceSettings(models=config.models, host=config.host, features=config.features)
+    services = ServiceSettings(models=config.models, host=config.host, features=config.features, breaker=config.breaker)
     others = [name for name in config.models if name != config.chat.model]
     outputs = apply(
         edges.requests(env, tables, config),

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flink_llm import features
-from flink_llm.errors import ConfigError, Outage, RecordError
+from flink_llm.breakers import Breakers, BreakerSettings
+from flink_llm.errors import CircuitOpen, ConfigError, Outage, RecordError
 from flink_llm.feature_admin import apply_repo, describe, fill_demo
 from flink_llm.feature_config import repo_config
 from flink_llm.feature_keys import KeyField
@@ -341,9 +341,8 @@ def test_a_store_that_is_gone_is_an_outage_until_it_is_back(own_shop: FeatureSet
 
 
 def test_a_view_that_is_gone_is_an_outage_of_its_own(
-    own_shop: FeatureSettings, monkeypatch: pytest.MonkeyPatch
+    own_shop: FeatureSettings,
 ) -> None:
-    monkeypatch.setattr(features, "PROBE_S", 0.05)
     file = Path(str(own_shop.state)) / "online_store.db"
 
     def rename(old: str, new: str) -> None:
@@ -363,11 +362,16 @@ def test_a_view_that_is_gone_is_an_outage_of_its_own(
             assert client.outage_since is not None
         await asyncio.sleep(0.2)
         assert client.outage_since is not None
+        breaker = client.breaker("order_status")
+        assert breaker.level > 0 and client.breaker("customer_profile").level == 0
+        with pytest.raises(CircuitOpen, match=r"features\.order_status has failed 3 times"):
+            await orders.get(order_id="1042")
         rename("away", "order_status")
         await until(lambda: client.outage_since is None)
         assert (await orders.get(order_id="1042")).found
 
-    run(test, changed(own_shop, batch_window_ms=20))
+    breakers = Breakers(BreakerSettings(failures=3, reset_s=0.05))
+    run(test, changed(own_shop, batch_window_ms=20), breakers=breakers)
 
 
 @pytest.mark.parametrize("error", [TypeError("bound"), AttributeError("_conn"), KeyError("path")], ids=repr)

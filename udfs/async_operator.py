@@ -10,6 +10,7 @@ and `flink_llm.shard`.
 import gc
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from msgspec import Struct
@@ -259,6 +260,7 @@ class _Counters:
         group = runtime_context.get_metrics_group()
         self._group = None if group is None else group.add_group("flink_llm")  # python.metric.enabled: false
         self._counts = operator._runner.metrics.counts
+        self._breakers = operator._runner.breakers
         self._flink: dict[str, Any] = {}
         self._reported: dict[str, int] = {}
         self._next = 0.0
@@ -270,6 +272,9 @@ class _Counters:
         if now < self._next or self._group is None:
             return
         self._next = now + 1
+        for name, breaker in self._breakers.items():
+            if name not in self._flink:
+                self._flink[name] = self._group.add_group("breaker").gauge(name, partial(getattr, breaker, "level"))
         for name, count in list(self._counts.items()):
             if name not in self._flink:
                 self._flink[name] = self._group.counter(name)

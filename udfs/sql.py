@@ -74,7 +74,9 @@ class _Function(ScalarFunction):  # type: ignore[misc]
         services, job = self._services, "sql"
         if services is None:
             settings = _configured(function_context)
-            services = ServiceSettings(models=settings.models, host=settings.host, features=settings.features)
+            services = ServiceSettings(
+                models=settings.models, host=settings.host, features=settings.features, breaker=settings.breaker
+            )
             job = settings.name
         signature = self._signature
         self._batches = Batches(signature.name, signature.kind, signature.function, open_services(services), job)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from msgspec import Struct
 
+from flink_llm.breakers import Breakers, BreakerSettings, GuardedEngine
 from flink_llm.engine.faults import fault_of
 from flink_llm.engine.generation import Model
 from flink_llm.engine.protocol import Loaded, Submit
@@ -102,6 +103,7 @@ class FakeServices:
         features: Mapping[str, Rows | FakeFeatures] | None = None,
         backend: Backend | None = None,
         join_key: str = "user_id",
+        breaker: BreakerSettings = BreakerSettings(failures=0),  # noqa: B008 — frozen
     ) -> None:
         self.backend = backend or ScriptedBackend(models or {})
         self._tables = {
@@ -109,6 +111,7 @@ class FakeServices:
             for name, rows in (features or {}).items()
         }
         self._clock: Callable[[], float] = time.monotonic
+        self.breakers = Breakers(breaker, lambda: self._clock())  # noqa: PLW0108 — `bind` exchanges it
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host: WorkTable | None = None
         self._out: list[_Out] = []
@@ -118,23 +121,23 @@ class FakeServices:
 
     def model(self, name: str) -> Model:
         """See `Context.model`."""
-        return self._keep(Model(self._connection, name, name))
+        return self._keep(Model(self._guarded(name), name, name))
 
     def embedder(self, name: str) -> Embedder:
         """See `Context.embed`."""
-        return self._keep(Embedder(self._connection, name, name))
+        return self._keep(Embedder(self._guarded(name), name, name))
 
     def classifier(self, name: str) -> Classifier:
         """See `Context.classify`."""
-        return self._keep(Classifier(self._connection, name, name))
+        return self._keep(Classifier(self._guarded(name), name, name))
 
     def tagger(self, name: str) -> Tagger:
         """See `Context.tag`."""
-        return self._keep(Tagger(self._connection, name, name))
+        return self._keep(Tagger(self._guarded(name), name, name))
 
     def reranker(self, name: str) -> Reranker:
         """See `Context.rerank`."""
-        return self._keep(Reranker(self._connection, name, name))
+        return self._keep(Reranker(self._guarded(name), name, name))
 
     def features(self, name: str) -> Any:
         """See `Context.features`; also for a test that writes newer rows."""
@@ -144,6 +147,9 @@ class FakeServices:
         table.down = lambda: self.down(name)
         return table
 
+    def _guarded(self, name: str) -> GuardedEngine:
+        return GuardedEngine(self._connection, self.breakers.named(f"models.{name}"))
+
     def _keep(self, served: Served) -> Served:
         self._served.append(served)
         return served
@@ -152,7 +158,8 @@ class FakeServices:
     def outage_since(self) -> float | None:
         """See `Services.outage_since`."""
         now = self._clock()
-        return min((out.since for out in self._out if out.since <= now < out.until), default=None)
+        since = [out.since for out in self._out if out.since <= now < out.until]
+        return min([*since, *filter(None, [self.breakers.outage_since])], default=None)
 
     def outage(self, seconds: float, of: str | None = None) -> None:
         """From now on, for `seconds`, a model or view, or all of them if None, is out; what it was saying ends."""
