@@ -29,15 +29,17 @@ BUFFER_TIMEOUT_MS = 0
 """Every record leaves at once: what leaves Python comes in bundles anyway."""
 SLOWEST_S = 0.014
 """A bundle of a full operator lasts about so long, and its results with it: seconds of completions in one bundle."""
-
+SMALLEST = 8
+"""Records that a bundle may hold at any rate: one by one, a burst of what is refused or answered from memory would
+wait before the operator. A full operator lets go of a bundle by itself (`flink_llm.places`)."""
 
 _REMEDY = "call flink_llm.environment.configure(env, FlinkSettings())"
 
 
 def bundle_size(capacity: int, expected_rate: float | None) -> int:
-    """How many records a bundle may hold: an eighth of the places, and 14 ms of completions at most."""
+    """How many records a bundle may hold: an eighth of the places at most, and 14 ms of completions or a few."""
     by_rate = capacity // 8 if expected_rate is None else int(expected_rate * SLOWEST_S)
-    return max(1, min(capacity // 8, by_rate))
+    return max(1, min(capacity // 8, max(by_rate, SMALLEST)))
 
 
 def configure(env: StreamExecutionEnvironment, settings: FlinkSettings, *, capacity: int = 256) -> None:

@@ -28,7 +28,7 @@ def test_a_missing_java_is_one_line(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("capacity", "rate", "size"),
-    [(256, None, 32), (256, 1000.0, 14), (256, 1e6, 32), (256, 1.0, 1), (7, None, 1), (1, 1e6, 1)],
+    [(256, None, 32), (256, 1000.0, 14), (256, 1e6, 32), (256, 1.0, 8), (40, 1.0, 5), (7, None, 1), (1, 1e6, 1)],
 )
-def test_a_bundle_is_an_eighth_of_the_places_and_14_ms_of_completions_at_most(capacity, rate, size):
+def test_a_bundle_is_an_eighth_of_the_places_and_14_ms_of_completions_or_a_few(capacity, rate, size):
     assert environment.bundle_size(capacity, rate) == size
