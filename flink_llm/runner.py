@@ -23,6 +23,7 @@ from flink_llm.deadlines import Deadlines
 from flink_llm.engine.generation import CallInfo, current_call
 from flink_llm.errors import CircuitOpen, FlinkLlmError, Overloaded, RecordError, Retriable, StateError
 from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services, check_result, signature_of
+from flink_llm.leaks import Leaks
 from flink_llm.places import Places
 from flink_llm.retries import INFRASTRUCTURE, wait_before
 from flink_llm.shedding import Shedder
@@ -67,6 +68,7 @@ class Runner:
         self._thread = threading.Thread(target=self._serve, name=f"flink-llm {self.name}", daemon=True)
         self._inbox: deque[Call | Callable[[], None]] = deque()
         self._woken = False
+        self._leaks = Leaks(self.name, self.metrics)
         self._fatal: FlinkLlmError | None = None
         self._answered_at = -1.0
         self._turns = Turns(self._ready_to_run, one_by_one=self.stateful, ordered=settings.ordered)
@@ -158,6 +160,7 @@ class Runner:
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
+        self._leaks.watch(self._loop)
         while True:
             try:
                 self._loop.run_forever()
@@ -317,6 +320,8 @@ class Runner:
         finally:
             for generation in list(call.info.open_generations):
                 generation.close()
+            if call.info.tasks:
+                self._leaks.look(call.info)
 
     def _result(self, call: Call, result: Any, state: dict[str, Any] | None, lane: Lane | None) -> Result:
         check_result(result, self._returns, self.name)

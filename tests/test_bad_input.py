@@ -92,3 +92,27 @@ def test_priority_reaches_generations_and_encoders(monkeypatch):
     assert len(run.results()) == 1
     assert len(seen) == 2
     assert set(seen.values()) == {2}
+
+
+class Leaking(AsyncUdf):
+    async def call(self, request: dict, ctx) -> dict:
+        if request["do"] == "await":
+            await asyncio.gather(asyncio.sleep(1), asyncio.sleep(2))
+            await asyncio.wait_for(asyncio.sleep(1), 5)
+        elif request["do"] == "cancel":
+            asyncio.create_task(asyncio.sleep(100)).cancel()
+        else:
+            self.kept = [asyncio.create_task(asyncio.sleep(100)) for _ in range(3)]
+        return {"ok": True}
+
+
+@pytest.mark.parametrize(("do", "leaked"), [("await", None), ("cancel", None), ("leave", 6)])
+def test_tasks_that_a_call_leaves_behind_are_counted_and_told_of_once(do, leaked, caplog):
+    with Harness(Leaking(), key="do") as run:
+        for _ in range(2):
+            run.send({"do": do})
+        run.finish()
+        assert run.runner.metrics.counts.get("leaked_tasks") == leaked
+    assert len(run.results()) == 2
+    told = [record.getMessage() for record in caplog.records if "left 3 of its tasks running" in record.getMessage()]
+    assert len(told) == (leaked is not None)

@@ -25,6 +25,7 @@ from flink_llm.call import OperatorSettings
 from flink_llm.errors import ConfigError, StateError
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.kept import Kept
+from flink_llm.orphans import end_with_task_manager
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard
@@ -116,6 +117,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
 
     def open(self, runtime_context: RuntimeContext) -> None:
         lean_bundles()
+        end_with_task_manager()
         self._read.open()
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._shards: dict[int, Shard] = {}

@@ -45,7 +45,7 @@ _NOT_CONTENT = frozenset({"call", "work", "request_id", "deadline", "priority"})
 class CallInfo:
     """The record that is being worked on, for whoever is called on its behalf.
 
-    `open_generations` are those running now; `last_generation` is the id of the latest.
+    `open_generations` are those running now; `last_generation` is the id of the latest; `tasks` what it started.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class CallInfo:
         self.priority = priority
         self.counts: dict[str, int] = {}
         self.open_generations: set[Generation] = set()
+        self.tasks: list[asyncio.Task[Any]] = []
         self.last_generation = ""
 
 
