@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 from flink_llm import codec
@@ -34,6 +34,17 @@ READ_AHEAD = 8
 """One in so many places more than run: while Flink's thread is at something else, an end begins the next."""
 TICK_S = 0.01
 CLOSE_S = 10.0
+
+
+class _Posted(Enum):
+    """What the loop thread is asked to do with a call."""
+
+    START = 1
+    FORGET = 2
+    FORGET_KEY = 3
+
+
+_START, _FORGET, _FORGET_KEY = _Posted
 
 
 class Runner:
@@ -64,8 +75,9 @@ class Runner:
         self._context = Context(services, self.metrics, logging.getLogger(f"flink_llm.handler.{self.name}"))
         self._loop = times.loop()
         self._thread = threading.Thread(target=self._serve, name=f"flink-llm {self.name}", daemon=True)
-        self._inbox: deque[Call | Callable[[], None]] = deque()
+        self._inbox: deque[tuple[Call, _Posted]] = deque()
         self._woken = False
+        self._given = 0  # places of calls that have ended in this turn of the loop
         self._fatal: FlinkLlmError | None = None
         self._answered_at = -1.0
         self._turns = Turns(self._ready_to_run, one_by_one=self.stateful, ordered=settings.ordered)
@@ -84,6 +96,7 @@ class Runner:
         self._running = 0
         self._ready: deque[tuple[Call, Lane | None]] = deque()
         self._closing = False
+        self.held = False
 
     # The main thread's side.
 
@@ -98,11 +111,24 @@ class Runner:
             raise
 
     def submit(self, call: Call, *, wait: bool = True) -> None:
-        """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does."""
+        """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does.
+
+        While `held` it starts with the next `wake`, or soon after by itself.
+        """
         self.check()
         self._submitted += 1
+        if wait and self._inbox and not self.places.room:
+            self.wake()  # whoever ends next may be waiting there
         self.places.take(wait=wait)
-        self._post(call)
+        self._inbox.append((call, _START))
+        if not self.held:
+            self.wake()
+
+    def wake(self) -> None:
+        """Has the loop thread work off what was submitted: to wake it costs more than most of what it is woken for."""
+        if self._inbox and not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._work_off)
 
     def refusal(self, call: Call) -> Failed | None:
         """Why a record that has just come is refused, None for one that is to be submitted."""
@@ -129,14 +155,11 @@ class Runner:
             raise FlinkLlmError(f"the loop of {self.name} has ended")
 
     def committed(self, call: Call, *, last_of_key: bool) -> None:
-        """The outcome of `call` is in Flink's hands: what was kept for its repeats can go."""
+        """The outcome of `call` is in Flink's hands: what was kept for its repeats can go.
 
-        def forget() -> None:
-            self._repeats.forget(call)
-            if last_of_key:
-                self._turns.forget(call)
-
-        self._post(forget)
+        Nobody is woken for that: it is before whatever is submitted later, and waits for the loop's own tick.
+        """
+        self._inbox.append((call, _FORGET_KEY if last_of_key else _FORGET))
 
     def close(self) -> None:
         """Cancels what runs, closes handler and services, ends the thread."""
@@ -146,12 +169,6 @@ class Runner:
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_S)
-
-    def _post(self, item: Call | Callable[[], None]) -> None:
-        self._inbox.append(item)
-        if not self._woken:
-            self._woken = True
-            self._loop.call_soon_threadsafe(self._work_off)
 
     # The loop thread's side.
 
@@ -188,11 +205,13 @@ class Runner:
     def _work_off(self) -> None:
         self._woken = False  # before the inbox is read: whoever appends from here on wakes the loop again
         while self._inbox:
-            item = self._inbox.popleft()
-            if isinstance(item, Call):
-                self._start(item)
-            else:
-                item()
+            call, posted = self._inbox.popleft()
+            if posted is _START:
+                self._start(call)
+                continue
+            self._repeats.forget(call)
+            if posted is _FORGET_KEY:
+                self._turns.forget(call)
 
     def _start(self, call: Call) -> None:
         call.clock = self.clock.now
@@ -354,9 +373,17 @@ class Runner:
                 self._shedder.answered(ahead, self.clock.now() - since, left)
 
     def _hand_over(self, calls: list[Call]) -> None:
+        if not calls:
+            return
         for call in calls:
             call.shard.events.append((call, None))
-        self.places.give(len(calls))
+        if not self._given:
+            self._loop.call_soon(self._give)  # once for all that end in this turn: Flink's thread wakes up for each
+        self._given += len(calls)
+
+    def _give(self) -> None:
+        given, self._given = self._given, 0
+        self.places.give(given)
 
     # Clocks.
 
@@ -365,6 +392,7 @@ class Runner:
         while True:
             await asyncio.sleep(TICK_S)
             try:
+                self._work_off()
                 self._deadlines.tick()
             except Exception:  # every deadline hangs on this task
                 log.exception("the deadlines of %s could not be looked after", self.name)
