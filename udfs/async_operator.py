@@ -9,7 +9,7 @@ and `flink_llm.shard`.
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from msgspec import Struct
@@ -235,7 +235,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             ctx.timer_service().register_processing_time_timer(self._beats[number])
         self._counters.report()
 
-    def _emit(self, outputs: Iterator[Output], ctx: Any) -> Iterator[Any]:
+    def _emit(self, outputs: Iterable[Output], ctx: Any) -> Iterator[Any]:
         for out in outputs:
             stamp = out.timestamp if out.timestamp is not None else _now_ms()
             low = low_mark(ctx.timer_service().current_watermark(), self._runner.event_times.oldest())
