@@ -31,6 +31,7 @@ from flink_llm.transactions import PARAMETER, AliveWatch
 from flink_llm.udfs.bundles import KeyedState, lean_bundles, more_to_come
 from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
 from flink_llm.udfs.keying import Reader, keyed, shard_keys
+from flink_llm.udfs.rows import lean_rows, written
 
 TIMER_MS = 5
 SHARD_TIMER_MS = 1000
@@ -116,6 +117,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
 
     def open(self, runtime_context: RuntimeContext) -> None:
         lean_bundles()
+        lean_rows()
         self._read.open()
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._shards: dict[int, Shard] = {}
@@ -239,7 +241,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         for out in outputs:
             stamp = out.timestamp if out.timestamp is not None else _now_ms()
             low = low_mark(ctx.timer_service().current_watermark(), self._runner.event_times.oldest())
-            row = Row(out.key, out.value, out.headers, out.topic, low)
+            row = written(out.key, out.value, out.headers, out.topic, low)
             tag = _TAGS.get(out.kind)
             yield (row, stamp) if tag is None else (tag, (row, stamp))
 

@@ -1,4 +1,4 @@
-"""What a bundle of PyFlink's costs, brought down: six things beyond PyFlink's API.
+"""What a bundle of PyFlink's costs, brought down: five things beyond PyFlink's API.
 
 A record leaves each Python operator on its way with the end of a bundle (docs/adr/0012, docs/adr/0023):
 
@@ -10,8 +10,6 @@ A record leaves each Python operator on its way with the end of a bundle (docs/a
   encoded again for each entry, is left out: `KeyedMap` holds what a bundle has changed.
 * A bundle's elements come in one piece, and an operator can know which is the last: what serves all of
   them is done once.
-* A row is made of Python calls, several for each. Rows on their way between Java and the operator are
-  made by lighter means (`LeanRow`).
 * Beam samples which step a bundle is in, on a thread that it starts and waits for in each bundle. PyFlink
   throws the samples away.
 * What a bundle puts out travels on another stream than the answer that the bundle is done. A worker that
