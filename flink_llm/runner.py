@@ -12,7 +12,6 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from enum import Enum
 from typing import Any
 
 from flink_llm import codec
@@ -23,6 +22,7 @@ from flink_llm.deadlines import Deadlines
 from flink_llm.engine.generation import CallInfo, current_call
 from flink_llm.errors import FlinkLlmError, Overloaded, RecordError, Retriable, StateError
 from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services, check_result, signature_of
+from flink_llm.inbox import Inbox
 from flink_llm.places import Places
 from flink_llm.retries import INFRASTRUCTURE, wait_before
 from flink_llm.shedding import Shedder
@@ -34,17 +34,6 @@ READ_AHEAD = 8
 """One in so many places more than run: while Flink's thread is at something else, an end begins the next."""
 TICK_S = 0.01
 CLOSE_S = 10.0
-
-
-class _Posted(Enum):
-    """What the loop thread is asked to do with a call."""
-
-    START = 1
-    FORGET = 2
-    FORGET_KEY = 3
-
-
-_START, _FORGET, _FORGET_KEY = _Posted
 
 
 class Runner:
@@ -75,8 +64,7 @@ class Runner:
         self._context = Context(services, self.metrics, logging.getLogger(f"flink_llm.handler.{self.name}"))
         self._loop = times.loop()
         self._thread = threading.Thread(target=self._serve, name=f"flink-llm {self.name}", daemon=True)
-        self._inbox: deque[tuple[Call, _Posted]] = deque()
-        self._woken = False
+        self.inbox = Inbox(self._loop, self._start, self._forget)
         self._given = 0  # places of calls that have ended in this turn of the loop
         self._fatal: FlinkLlmError | None = None
         self._answered_at = -1.0
@@ -96,7 +84,6 @@ class Runner:
         self._running = 0
         self._ready: deque[tuple[Call, Lane | None]] = deque()
         self._closing = False
-        self.held = False
 
     # The main thread's side.
 
@@ -111,24 +98,13 @@ class Runner:
             raise
 
     def submit(self, call: Call, *, wait: bool = True) -> None:
-        """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does.
-
-        While `held` it starts with the next `wake`, or soon after by itself.
-        """
+        """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does."""
         self.check()
         self._submitted += 1
-        if wait and self._inbox and not self.places.room:
-            self.wake()  # whoever ends next may be waiting there
+        if wait and not self.places.room:
+            self.inbox.wake()  # whoever ends next may be waiting there
         self.places.take(wait=wait)
-        self._inbox.append((call, _START))
-        if not self.held:
-            self.wake()
-
-    def wake(self) -> None:
-        """Has the loop thread work off what was submitted: to wake it costs more than most of what it is woken for."""
-        if self._inbox and not self._woken:
-            self._woken = True
-            self._loop.call_soon_threadsafe(self._work_off)
+        self.inbox.start(call)
 
     def refusal(self, call: Call) -> Failed | None:
         """Why a record that has just come is refused, None for one that is to be submitted."""
@@ -155,11 +131,8 @@ class Runner:
             raise FlinkLlmError(f"the loop of {self.name} has ended")
 
     def committed(self, call: Call, *, last_of_key: bool) -> None:
-        """The outcome of `call` is in Flink's hands: what was kept for its repeats can go.
-
-        Nobody is woken for that: it is before whatever is submitted later, and waits for the loop's own tick.
-        """
-        self._inbox.append((call, _FORGET_KEY if last_of_key else _FORGET))
+        """The outcome of `call` is in Flink's hands: what was kept for its repeats can go."""
+        self.inbox.forget(call, last_of_key=last_of_key)
 
     def close(self) -> None:
         """Cancels what runs, closes handler and services, ends the thread."""
@@ -202,16 +175,10 @@ class Runner:
         await asyncio.gather(*running, return_exceptions=True)
         await self._udf.close()
 
-    def _work_off(self) -> None:
-        self._woken = False  # before the inbox is read: whoever appends from here on wakes the loop again
-        while self._inbox:
-            call, posted = self._inbox.popleft()
-            if posted is _START:
-                self._start(call)
-                continue
-            self._repeats.forget(call)
-            if posted is _FORGET_KEY:
-                self._turns.forget(call)
+    def _forget(self, call: Call, last_of_key: bool) -> None:
+        self._repeats.forget(call)
+        if last_of_key:
+            self._turns.forget(call)
 
     def _start(self, call: Call) -> None:
         call.clock = self.clock.now
@@ -392,7 +359,7 @@ class Runner:
         while True:
             await asyncio.sleep(TICK_S)
             try:
-                self._work_off()
+                self.inbox.work_off()
                 self._deadlines.tick()
             except Exception:  # every deadline hangs on this task
                 log.exception("the deadlines of %s could not be looked after", self.name)

@@ -157,7 +157,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         if shard is None:
             yield from self._touch(number, ctx)
             shard = self._shards[number]
-        self._runner.held = more = more_to_come()
+        self._runner.inbox.held = more = more_to_come()
         refused = shard.receive(data, arrival)
         if refused:
             yield from self._emit(refused, ctx)
@@ -168,15 +168,15 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             self._slow_timer(number, ctx)
         if more:
             return
-        self._runner.wake()
+        self._runner.inbox.wake()
         self._patience.wait()
         yield from self._drain(ctx)
         self._schedule(number, ctx)
 
     def _at_end(self) -> None:
         """Of a bundle: should its last element not have been known for one, nothing of it may be forgotten."""
-        self._runner.held = False
-        self._runner.wake()
+        self._runner.inbox.held = False
+        self._runner.inbox.wake()
         if self._arrived is not None:
             self._schedule(*self._arrived)
 

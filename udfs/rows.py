@@ -19,6 +19,7 @@ _INSERT = RowKind.INSERT.value
 class ReadRow(Row):  # type: ignore[misc]
     """A row as coders read it; equal to the row that it stands for."""
 
+    _from_dict = False
     __init__ = object.__init__
     __setattr__ = object.__setattr__
 
