@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from benchmarks import samples
 from benchmarks.contenders import Contender, Plan
 from benchmarks.pipeline import quantile
 from flink_llm.local.cluster import Cluster
@@ -50,6 +51,7 @@ MORE_STOCK_ZERO = [
     Contender(name=f"stock_zero_{n}", stock=True, work_ms=0, timeout=False, bundle=(n, ms))
     for n, ms in ((1000, 100), (10_000, 1000))
 ]
+ALL = [*OURS, *STOCK, *STOCK_ZERO, *MORE_STOCK, *MORE_STOCK_ZERO]
 
 
 class Turn(Struct, frozen=True):
@@ -107,11 +109,14 @@ class Field:
             self._workers = {file.stem: int(file.read_text()) for file in workers.glob("*.pid")}
         self._jobs = {job["name"]: job["jid"] for job in self.cluster.rest("/jobs/overview")["jobs"]}
 
-    def run(self, name: str, seconds: float) -> Turn:
-        """Lets a contender run."""
+    def run(self, name: str, seconds: float, *, sampled: Path | None = None) -> Turn:
+        """Lets a contender run; where `sampled` is a file, samples of its stacks go there."""
         began = time.time()
         os.kill(self._workers[name], signal.SIGCONT)
-        time.sleep(seconds)
+        if sampled is None:
+            time.sleep(seconds)
+        else:
+            samples.record(self._workers[name], seconds, sampled)
         os.kill(self._workers[name], signal.SIGSTOP)
         return Turn(name, began, time.time())
 
@@ -186,6 +191,16 @@ def measure(
     return found
 
 
+def profile(folder: Path, contender: Contender, *, warm_up_s: float, seconds: float) -> dict[str, Any]:
+    """Where one contender's worker spends its time, and its rate while it is looked at."""
+    with Field(folder, [contender]) as field:
+        field.run(contender.name, warm_up_s)
+        turn = field.run(contender.name, seconds, sampled=folder / "stacks.txt")
+        time.sleep(1.5)
+        rate = rates([turn], field.counts()[contender.name])[0]
+    return {"per_s": round(rate), **samples.shares((folder / "stacks.txt").read_text())}
+
+
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """The figures that are looked at."""
     best = {
@@ -210,7 +225,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short turn each, stock at one bundle setting")
+    parser.add_argument("--profile", metavar="NAME", help="sample one contender instead, ours_zero for one (py-spy)")
     args = parser.parse_args()
+    if args.profile:
+        chosen_one = next((one for one in ALL if one.name == args.profile), None)
+        if chosen_one is None:
+            parser.error(f"--profile: one of {', '.join(one.name for one in ALL)}")
+        with tempfile.TemporaryDirectory(prefix="flink-llm-") as name:
+            print(json.dumps(profile(Path(name), chosen_one, warm_up_s=3.0, seconds=10.0)))
+        return
     contenders = [*OURS, *STOCK, *STOCK_ZERO]
     if not args.quick:
         contenders += [*MORE_STOCK, *MORE_STOCK_ZERO]

@@ -22,7 +22,7 @@ from msgspec import Struct
 from flink_llm import codec
 from flink_llm.errors import StateError
 
-META = b"m"
+META, IN_FLIGHT = b"m", b"f"
 _DIGEST, _HASH = 16, 32
 
 

@@ -41,6 +41,11 @@ class Places:
                 self._patience = max(0.0, self._patience - (self._clock() - began))
             self._free -= 1
 
+    @property
+    def room(self) -> bool:
+        """Whether `take` would not have to wait, as far as one can say without asking the other thread."""
+        return self._room()
+
     def give(self, count: int) -> None:
         """Gives places back."""
         with self._changed:

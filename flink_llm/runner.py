@@ -12,7 +12,6 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from flink_llm import codec
@@ -23,6 +22,7 @@ from flink_llm.deadlines import Deadlines
 from flink_llm.engine.generation import CallInfo, current_call
 from flink_llm.errors import CircuitOpen, FlinkLlmError, Overloaded, RecordError, Retriable, StateError
 from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services, check_result, signature_of
+from flink_llm.inbox import Inbox
 from flink_llm.leaks import Leaks
 from flink_llm.places import Places
 from flink_llm.retries import INFRASTRUCTURE, wait_before
@@ -66,9 +66,9 @@ class Runner:
         self._context = Context(services, self.metrics, logging.getLogger(f"flink_llm.handler.{self.name}"))
         self._loop = times.loop()
         self._thread = threading.Thread(target=self._serve, name=f"flink-llm {self.name}", daemon=True)
-        self._inbox: deque[Call | Callable[[], None]] = deque()
-        self._woken = False
         self._leaks = Leaks(self.name, self.metrics)
+        self.inbox = Inbox(self._loop, self._start, self._forget)
+        self._given = 0  # places of calls that have ended in this turn of the loop
         self._fatal: FlinkLlmError | None = None
         self._answered_at = -1.0
         self._turns = Turns(self._ready_to_run, one_by_one=self.stateful, ordered=settings.ordered)
@@ -104,8 +104,10 @@ class Runner:
         """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does."""
         self.check()
         self._submitted += 1
+        if wait and not self.places.room:
+            self.inbox.wake()  # whoever ends next may be waiting there
         self.places.take(wait=wait)
-        self._post(call)
+        self.inbox.start(call)
 
     def refusal(self, call: Call) -> Failed | None:
         """Why a record that has just come is refused, None for one that is to be submitted."""
@@ -133,13 +135,7 @@ class Runner:
 
     def committed(self, call: Call, *, last_of_key: bool) -> None:
         """The outcome of `call` is in Flink's hands: what was kept for its repeats can go."""
-
-        def forget() -> None:
-            self._repeats.forget(call)
-            if last_of_key:
-                self._turns.forget(call)
-
-        self._post(forget)
+        self.inbox.forget(call, last_of_key=last_of_key)
 
     def close(self) -> None:
         """Cancels what runs, closes handler and services, ends the thread."""
@@ -149,12 +145,6 @@ class Runner:
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_S)
-
-    def _post(self, item: Call | Callable[[], None]) -> None:
-        self._inbox.append(item)
-        if not self._woken:
-            self._woken = True
-            self._loop.call_soon_threadsafe(self._work_off)
 
     # The loop thread's side.
 
@@ -189,14 +179,10 @@ class Runner:
         await asyncio.gather(*running, return_exceptions=True)
         await self._udf.close()
 
-    def _work_off(self) -> None:
-        self._woken = False  # before the inbox is read: whoever appends from here on wakes the loop again
-        while self._inbox:
-            item = self._inbox.popleft()
-            if isinstance(item, Call):
-                self._start(item)
-            else:
-                item()
+    def _forget(self, call: Call, last_of_key: bool) -> None:
+        self._repeats.forget(call)
+        if last_of_key:
+            self._turns.forget(call)
 
     def _start(self, call: Call) -> None:
         call.clock = self.clock.now
@@ -360,9 +346,17 @@ class Runner:
                 self._shedder.answered(ahead, self.clock.now() - since, left)
 
     def _hand_over(self, calls: list[Call]) -> None:
+        if not calls:
+            return
         for call in calls:
             call.shard.events.append((call, None))
-        self.places.give(len(calls))
+        if not self._given:
+            self._loop.call_soon(self._give)  # once for all that end in this turn: Flink's thread wakes up for each
+        self._given += len(calls)
+
+    def _give(self) -> None:
+        given, self._given = self._given, 0
+        self.places.give(given)
 
     # Clocks.
 
@@ -371,6 +365,7 @@ class Runner:
         while True:
             await asyncio.sleep(TICK_S)
             try:
+                self.inbox.work_off()
                 self._deadlines.tick()
             except Exception:  # every deadline hangs on this task
                 log.exception("the deadlines of %s could not be looked after", self.name)

@@ -49,6 +49,7 @@ class Shard:
         self.number = number
         self.runner = runner
         self.events: deque[tuple[Call, bytes | None]] = deque()
+        self.newest: Call | None = None
         self.restored = 0
         self.alive_ms: int | None = None
         self._kept = kept
@@ -68,9 +69,12 @@ class Shard:
         """Records that wait for their outcome to be emitted."""
         return len(self._open)
 
-    def receive(self, data: bytes) -> Iterator[Output]:
-        """Takes one arrival in. Waits for a place; gives what needs no call at once."""
-        yield from self._admit(self._next, data, self._now_ms())
+    def receive(self, data: bytes, arrival: Arrival | None = None) -> list[Output]:
+        """Takes one arrival in. Waits for a place; gives what needs no call at once.
+
+        `arrival` is what `data` holds, where it is at hand.
+        """
+        return self._admit(self._next, data, arrival or Arrival.from_bytes(data), self._now_ms())
 
     def drain(self) -> Iterator[Output]:
         """Gives all that is ready: partials, and outcomes together with their changes of state."""
@@ -79,7 +83,10 @@ class Shard:
         for _ in range(len(events)):  # no more than there are now: handlers go on streaming meanwhile
             call, partial = events.popleft()
             if partial is None:
-                yield from self._commit(call)
+                outcome = self._commit(call)
+                if outcome is not None:
+                    yield outcome
+                self.runner.event_times.remove(call.arrival.timestamp)  # not before: its time may pass now
             else:
                 call.sent += 1
                 if call.sequence in self._open:
@@ -99,9 +106,10 @@ class Shard:
 
     # Arrival.
 
-    def _admit(self, sequence: int, data: bytes, arrived_ms: int, *, restored: bool = False) -> Iterator[Output]:
+    def _admit(
+        self, sequence: int, data: bytes, arrival: Arrival, arrived_ms: int, *, restored: bool = False
+    ) -> list[Output]:
         self._next = max(self._next, sequence + 1)
-        arrival = Arrival.from_bytes(data)
         try:
             request = arrival.request(self.runner.takes)
             call = Call(self, sequence, arrival, request, arrived_ms)
@@ -113,10 +121,10 @@ class Shard:
         else:
             call.outcome = self._remembered(call) or (None if restored else self.runner.refusal(call))
         if call.outcome is not None and not self._settings.ordered:
-            yield from self._settle(call)
+            outcome = self._settle(call)
             if restored:
                 self._kept.remove_record(sequence)
-            return
+            return [] if outcome is None else [outcome]
         if not restored:
             self._kept.add_record(sequence, arrived_ms, data)
         call.restored = restored
@@ -125,7 +133,9 @@ class Shard:
         if self.runner.stateful and not self._per_key.get(call.key):
             call.committed_state = self._state_of(call.key)
         self._per_key[call.key] = self._per_key.get(call.key, 0) + 1
+        self.newest = call
         self.runner.submit(call, wait=not restored)
+        return []
 
     def _remembered(self, call: Call) -> Outcome | None:
         if call.identity is None:
@@ -167,7 +177,7 @@ class Shard:
 
     # Outcome.
 
-    def _commit(self, call: Call) -> Iterator[Output]:
+    def _commit(self, call: Call) -> Output | None:
         del self._open[call.sequence]
         self._kept.remove_record(call.sequence)
         left = self._per_key[call.key] - 1
@@ -175,21 +185,22 @@ class Shard:
             self._per_key[call.key] = left
         else:
             del self._per_key[call.key]
-        yield from self._settle(call)  # before its time may pass
-        self.runner.event_times.remove(call.arrival.timestamp)
+        output = self._settle(call)
         self.runner.committed(call, last_of_key=not left)
+        return output
 
-    def _settle(self, call: Call) -> Iterator[Output]:
+    def _settle(self, call: Call) -> Output | None:
         outcome = call.outcome
         if isinstance(outcome, Result):
             if outcome.state is not None:
                 self._set_state(call.key, outcome.state)
             self._remember(call, outcome)
             self.runner.metrics.add("results")
-            yield self._output("result", call.arrival, outcome.value, outcome.topic)
-        elif isinstance(outcome, Failed):
+            return self._output("result", call.arrival, outcome.value, outcome.topic)
+        if isinstance(outcome, Failed):
             self.runner.metrics.add(f"failures.{outcome.code}")
-            yield self._failure(call, outcome)
+            return self._failure(call, outcome)
+        return None
 
     def _remember(self, call: Call, result: Result) -> None:
         if call.identity is None or self._settings.remember_s <= 0:
@@ -280,7 +291,7 @@ class Shard:
             self.runner.metrics.add("restored", len(held))
         for sequence in held:
             arrived_ms, data = self._kept.record(sequence)
-            yield from self._admit(sequence, data, arrived_ms, restored=True)
+            yield from self._admit(sequence, data, Arrival.from_bytes(data), arrived_ms, restored=True)
 
 
 def _raw_request_id(arrival: Arrival) -> str | None:

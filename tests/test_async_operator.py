@@ -1,5 +1,7 @@
 """What the Flink operator does before and around the runner; the rest is tested where it is, or in integration."""
 
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 
@@ -17,52 +19,47 @@ def test_time_comes_no_further_than_the_oldest_in_flight(watermark, oldest, low)
 
 
 class Ends:
-    """A shard whose call ends after `seconds`, as the places tell."""
+    """A runner whose calls end after `seconds`, as the places tell."""
 
     def __init__(self, seconds):
-        self.in_flight, self.events, self.seconds, self.waits = 1, [], seconds, 0
+        self.calls, self.seconds, self.waits = [], seconds, []
         self.places = self
 
     def wait_until(self, there, timeout):
-        self.waits += 1
-        if self.seconds <= timeout:
-            self.events.append("end")
+        self.waits.append(timeout)
+        for call in self.calls:
+            call.ended = self.seconds <= timeout
+        assert there() is (self.seconds <= timeout)
 
 
-def test_a_call_that_ends_in_a_moment_is_waited_for():
-    shard = Ends(0.0)
-    patience = async_operator._Patience(shard)
-    for bundle in range(100):
-        shard.events.clear()
-        patience.wait(shard, bundle)
-        assert shard.events
+def run_piece(runner, patience, calls=1):
+    runner.calls = [SimpleNamespace(ended=False) for _ in range(calls)]
+    for call in runner.calls:
+        patience.begun(call)
+    patience.wait()
+
+
+def test_calls_that_end_in_a_moment_are_waited_for_together():
+    runner = Ends(0.0)
+    patience = async_operator._Patience(runner)
+    for _ in range(100):
+        run_piece(runner, patience, calls=125)
+        assert all(call.ended for call in runner.calls)
+    assert runner.waits == [async_operator.MOMENT_S] * 100
 
 
 def test_calls_that_take_longer_are_soon_not_waited_for():
-    shard = Ends(1.0)
-    patience = async_operator._Patience(shard)
-    for bundle in range(2000):
-        patience.wait(shard, bundle)
-    assert shard.waits < 30
+    runner = Ends(1.0)
+    patience = async_operator._Patience(runner)
+    for _ in range(2000):
+        run_piece(runner, patience)
+    assert 0 < len(runner.waits) < 30
 
 
-def test_a_bundle_waits_for_a_moment_in_all(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(async_operator.time, "perf_counter", lambda: now[0])
-    shard = Ends(0.0)
-    waited = []
-
-    def wait(there, timeout):
-        waited.append(timeout)
-        now[0] += min(timeout, 0.002)
-        shard.events.append("end")
-
-    shard.wait_until = wait
-    patience = async_operator._Patience(shard)
-    for _ in range(5):
-        shard.events.clear()
-        patience.wait(shard, bundle=1)
-    assert waited == pytest.approx([0.003, 0.001])
+def test_a_piece_without_calls_is_not_waited_for():
+    runner = Ends(0.0)
+    async_operator._Patience(runner).wait()
+    assert runner.waits == []
 
 
 def test_a_record_class_of_the_jobs_own_file_is_refused():

@@ -1,15 +1,21 @@
-"""Writes to Flink's state are sent together; what a bundle puts out is in its answer."""
+"""Writes to Flink's state are sent together, once a bundle; what a bundle puts out is in its answer."""
 
 import queue
 import threading
 from types import SimpleNamespace
 
 import pytest
+from apache_beam.coders import coder_impl
 from apache_beam.portability.api import beam_fn_api_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+from pyflink.common import Types
+from pyflink.fn_execution.coders import from_type_info
+from pyflink.fn_execution.state_impl import CachingMapStateHandler, InternalSynchronousMapRuntimeState
 
 from flink_llm.errors import FlinkLlmError
 from flink_llm.udfs import bundles
-from flink_llm.udfs.bundles import KeyedState
+from flink_llm.udfs.bundles import KeyedMap, KeyedState, count_frames, more_to_come
 
 
 class Answer:
@@ -75,13 +81,12 @@ def made(handler):
 
 def test_all_writes_are_sent_before_the_first_answer_is_waited_for():
     handler = Handler()
-    state, backend = made(handler)
+    _, backend = made(handler)
     backend.changes = [b"a", b"b", b"c"]
     threading.Timer(0.05, lambda: [future.event.set() for future in handler.futures]).start()
     backend.commit()
     assert handler.log[:3] == ["send a", "send b", "send c"]
     assert {f"wait {name}" for name in "abc"} <= set(handler.log[3:])
-    assert state.bundles == 1
 
 
 def test_a_write_that_is_refused_fails_the_bundle():
@@ -108,13 +113,113 @@ def test_a_lost_connection_does_not_hang():
         backend.commit()
 
 
-def test_reads_go_through_and_the_key_can_be_changed():
-    handler = Handler()
-    state, backend = made(handler)
+def test_reads_go_through_and_the_end_of_a_bundle_is_told():
+    handler, ends = Handler(), []
+    backend = Backend(handler)
+    KeyedState(type("Context", (), {"_keyed_state_backend": backend})(), lambda: ends.append(list(handler.log)))
     backend._map_state_handler._underlying.get_raw(None, b"")
-    state.key = 5
     assert handler.log == ["read"]
-    assert state.key == backend.key == 5
+    backend.commit()
+    assert ends == [["read"]]
+
+
+CODER = from_type_info(Types.PRIMITIVE_ARRAY(Types.BYTE()))
+
+
+class FlinkSide:
+    """Flink's side of one key's map: what is there after all that it was sent."""
+
+    def __init__(self):
+        self.entries, self.messages = {}, []
+
+    def append_raw(self, state_key, data):
+        self.messages.append(data)
+        stream = coder_impl.create_InputStream(data)
+        for _ in range(stream.read_bigendian_int32()):
+            kind, key = stream.read_byte(), self._field(stream)
+            if kind == CachingMapStateHandler.DELETE:
+                self.entries.pop(key, None)
+            else:
+                self.entries[key] = self._field(stream)
+
+    def get_raw(self, state_key, token):
+        key = token[1 + 4 :]
+        if key not in self.entries:
+            return bytes([CachingMapStateHandler.NOT_EXIST_FLAG]), b""
+        value = self.entries[key]
+        return bytes([CachingMapStateHandler.EXIST_FLAG]) + len(value).to_bytes(4, "big") + value, b""
+
+    @staticmethod
+    def _field(stream):
+        size = stream.read_bigendian_int32()
+        return stream.read(size)[4:]
+
+
+def keyed_map():
+    flink = FlinkSide()
+    caching = SimpleNamespace(
+        _state_cache=SimpleNamespace(is_cache_enabled=lambda: False), _underlying=flink, _context=None
+    )
+    handler = CachingMapStateHandler(caching, 0)
+    internal = InternalSynchronousMapRuntimeState(handler, None, CODER, CODER, 1000)
+    return KeyedMap(handler, internal, b"f"), flink, internal
+
+
+NAMES = st.sampled_from([b"fa", b"fb", b"a", b"s"])
+CHANGE = st.tuples(NAMES, st.none() | st.binary(max_size=5))
+
+
+@given(st.lists(st.lists(CHANGE, max_size=8), max_size=5))
+def test_flink_holds_what_a_map_of_bytes_would(bundles):
+    kept, flink, _ = keyed_map()
+    wanted, used = {}, set()
+    for changes in bundles:
+        for name, value in changes:
+            if value is None:
+                kept.remove(name)
+                wanted.pop(name, None)
+            elif not (name.startswith(b"f") and name in used):  # those are put once
+                kept.put(name, value)
+                wanted[name] = value
+                used.add(name)
+            assert kept.get(name) == wanted.get(name)
+        kept.write()
+        assert flink.entries == wanted
+
+
+@given(st.dictionaries(st.binary(max_size=5), st.none() | st.binary(max_size=5), min_size=1))
+def test_changes_are_written_as_pyflink_writes_them(changes):
+    _, flink, internal = keyed_map()
+    for name, value in changes.items():
+        internal.remove(name) if value is None else internal.put(name, value)
+    internal.commit()
+    assert flink.messages == [bundles.packed(changes)]
+
+
+def test_a_record_that_comes_and_goes_in_a_bundle_is_no_write():
+    kept, flink, _ = keyed_map()
+    kept.put(b"f1", b"x")
+    kept.remove(b"f1")
+    kept.write()
+    assert flink.messages == []
+
+
+@given(st.lists(st.binary(max_size=300)))
+def test_the_last_element_of_a_piece_is_known(elements):
+    stream = coder_impl.create_OutputStream()
+    for element in elements:
+        stream.write(element, nested=True)
+    assert count_frames(stream.get()) == len(elements)
+    seen = []
+
+    def process(operation, data):
+        seen.extend(more_to_come() for _ in elements)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundles, "_plain_process_encoded", process)
+        bundles._process_encoded(None, stream.get())
+    assert seen == [True] * (len(elements) - 1) + [False] * bool(elements)
+    assert more_to_come() is False
 
 
 def test_another_pyflink_is_named():

@@ -53,7 +53,9 @@ def test_shards_that_cannot_be_spread_evenly_are_refused(shards, groups):
 def read(value, shard):
     reader = keying.Reader("k", dict, 16)
     reader.open()
-    return Arrival.from_bytes(reader((b"kafka", value, None, "t", 0, 7), shard, 5))
+    data, arrival = reader((b"kafka", value, None, "t", 0, 7), shard, 5)
+    assert Arrival.from_bytes(data) == arrival
+    return arrival
 
 
 def test_a_record_keyed_in_java_arrives_whole():

@@ -9,7 +9,7 @@ and `flink_llm.shard`.
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,28 +21,30 @@ from pyflink.datastream.state import MapStateDescriptor
 
 from flink_llm import codec, environment
 from flink_llm.arrivals import KeySpec
-from flink_llm.call import OperatorSettings
+from flink_llm.call import Call, OperatorSettings
 from flink_llm.errors import ConfigError, StateError
 from flink_llm.handler import AsyncUdf, signature_of
-from flink_llm.kept import Kept
+from flink_llm.kept import IN_FLIGHT, Kept
 from flink_llm.orphans import end_with_task_manager
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard
 from flink_llm.transactions import PARAMETER, AliveWatch
-from flink_llm.udfs.bundles import KeyedState, lean_bundles
+from flink_llm.udfs.bundles import KeyedState, lean_bundles, more_to_come
 from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
 from flink_llm.udfs.keying import Reader, keyed, shard_keys
+from flink_llm.udfs.rows import lean_rows, written
 
 TIMER_MS = 5
 SHARD_TIMER_MS = 1000
 MOMENT_S = 0.003
-"""How long a bundle's arrivals together may hold it for calls that are about to end."""
+"""How long a piece of a bundle may hold it for calls that are about to end."""
 WAIT_AGAIN_AFTER = 1000
 """Arrivals that are not waited for before one is again, to see whether it pays by now."""
 END_OF_TIME = 2**63 - 1
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
+_STATE = MapStateDescriptor("shard", _BYTES, _BYTES)
 PARTIALS = OutputTag("partials", EMITTED)
 FAILURES = OutputTag("failures", EMITTED)
 _TAGS = {"partial": PARTIALS, "failure": FAILURES}
@@ -118,6 +120,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
     def open(self, runtime_context: RuntimeContext) -> None:
         lean_bundles()
         end_with_task_manager()
+        lean_rows()
         self._read.open()
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._shards: dict[int, Shard] = {}
@@ -125,8 +128,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._shard_timers: dict[int, int] = {}
         self._beats: dict[int, int] = {}
         self._watch = self._watched(runtime_context)
-        self._keyed = KeyedState(runtime_context)
-        self._kept = Kept(runtime_context.get_map_state(MapStateDescriptor("shard", _BYTES, _BYTES)))
+        self._keyed = KeyedState(runtime_context, self._at_end)
+        self._arrived: tuple[int, Any] | None = None
         self._runner = Runner(self._udf, open_services(self._services), self._settings)
         self._runner.start()
         gc.collect()
@@ -152,13 +155,33 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
 
     def process_element(self, value: Any, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         number = self._numbers[ctx.get_current_key()]
-        data = self._read(value, number, ctx.timestamp())
-        if number not in self._shards:
+        data, arrival = self._read(value, number, ctx.timestamp())
+        shard = self._shards.get(number)
+        if shard is None:
             yield from self._touch(number, ctx)
-        yield from self._emit(self._shards[number].receive(data), ctx)
-        self._patience.wait(self._shards[number], self._keyed.bundles)
+            shard = self._shards[number]
+        self._runner.inbox.held = more = more_to_come()
+        refused = shard.receive(data, arrival)
+        if refused:
+            yield from self._emit(refused, ctx)
+        elif shard.newest is not None:
+            self._patience.begun(shard.newest)
+        self._arrived = number, ctx
+        if number not in self._shard_timers and shard.in_flight:
+            self._slow_timer(number, ctx)
+        if more:
+            return
+        self._runner.inbox.wake()
+        self._patience.wait()
         yield from self._drain(ctx)
         self._schedule(number, ctx)
+
+    def _at_end(self) -> None:
+        """Of a bundle: should its last element not have been known for one, nothing of it may be forgotten."""
+        self._runner.inbox.held = False
+        self._runner.inbox.wake()
+        if self._arrived is not None:
+            self._schedule(*self._arrived)
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         number = self._numbers.get(ctx.get_current_key())
@@ -182,7 +205,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
 
     def _touch(self, number: int, ctx: Any) -> Iterator[Any]:
         """A shard's first element or timer, in a new job or after a restore."""
-        shard = self._shards[number] = Shard(number, self._kept, self._runner)
+        entries = self._keyed.map(_STATE, Row(self._keys[number]), once=IN_FLIGHT)
+        shard = self._shards[number] = Shard(number, Kept(entries), self._runner)
         if self._watch is not None:
             self._watch.check(shard.alive_ms)
             shard.beat()
@@ -195,36 +219,38 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         ready = [shard for shard in self._shards.values() if shard.events]
         if not ready:
             return
-        own = self._keyed.key
         for shard in ready:
-            self._keyed.key = Row(self._keys[shard.number])
             yield from self._emit(shard.drain(), ctx)
-        self._keyed.key = own
+
+    def _slow_timer(self, number: int, ctx: Any) -> None:
+        """A restored job finds the shard by it."""
+        self._shard_timers[number] = _now_ms() + SHARD_TIMER_MS
+        ctx.timer_service().register_processing_time_timer(self._shard_timers[number])
 
     def _schedule(self, number: int, ctx: Any) -> None:
+        self._arrived = None
         now = _now_ms()
         if self._timer is None and self.in_flight:
             self._timer = now + TIMER_MS
             ctx.timer_service().register_processing_time_timer(self._timer)
         if number not in self._shard_timers and self._shards[number].in_flight:
-            self._shard_timers[number] = now + SHARD_TIMER_MS
-            ctx.timer_service().register_processing_time_timer(now + SHARD_TIMER_MS)
+            self._slow_timer(number, ctx)
         if self._watch is not None and number not in self._beats:
             self._beats[number] = now + self._watch.beat_ms
             ctx.timer_service().register_processing_time_timer(self._beats[number])
         self._counters.report()
 
-    def _emit(self, outputs: Iterator[Output], ctx: Any) -> Iterator[Any]:
+    def _emit(self, outputs: Iterable[Output], ctx: Any) -> Iterator[Any]:
         for out in outputs:
             stamp = out.timestamp if out.timestamp is not None else _now_ms()
             low = low_mark(ctx.timer_service().current_watermark(), self._runner.event_times.oldest())
-            row = Row(out.key, out.value, out.headers, out.topic, low)
+            row = written(out.key, out.value, out.headers, out.topic, low)
             tag = _TAGS.get(out.kind)
             yield (row, stamp) if tag is None else (tag, (row, stamp))
 
 
 class _Patience:
-    """Waits a moment for a call that has just begun, where such calls have been ending in a moment.
+    """Waits a moment for calls that have just begun, where such calls have been ending in a moment.
 
     What ends before its bundle does leaves with it, and not with the timer's, two bundles later. As a
     spinning lock does, this goes by what was seen: once calls take longer it only tries now and then.
@@ -232,27 +258,31 @@ class _Patience:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._bundle = -1
-        self._left = 0.0
-        self._paid = 1.0  # moving share of waits that saw an end
+        self._calls: list[Call] = []
+        self._paid = 1.0  # moving share of calls that ended while they were waited for
         self._skipped = 0
 
-    def wait(self, shard: Shard, bundle: int) -> None:
-        """After an arrival, in the bundle of this number."""
-        if not shard.in_flight or shard.events:
+    def begun(self, call: Call) -> None:
+        """A call of the piece in hand."""
+        self._calls.append(call)
+
+    def wait(self) -> None:
+        """For the calls that have begun since the last time, at the end of their piece."""
+        count = len(self._calls)
+        if not count:
             return
         if self._paid < 0.5 and self._skipped < WAIT_AGAIN_AFTER:
-            self._skipped += 1
-            return
-        if bundle != self._bundle:
-            self._bundle, self._left = bundle, MOMENT_S
-        if self._left <= 0:
-            return
-        self._skipped = 0
-        began = time.perf_counter()
-        self._runner.places.wait_until(lambda: bool(shard.events), self._left)
-        self._left -= time.perf_counter() - began
-        self._paid += (bool(shard.events) - self._paid) / 16
+            self._skipped += count
+        else:
+            self._skipped = 0
+            self._runner.places.wait_until(self._all_ended, MOMENT_S)
+            self._paid += (1 - len(self._calls) / count - self._paid) / 16
+        self._calls.clear()
+
+    def _all_ended(self) -> bool:
+        while self._calls and self._calls[-1].ended:
+            self._calls.pop()
+        return not self._calls
 
 
 class _Counters:

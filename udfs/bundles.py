@@ -1,12 +1,15 @@
-"""What a bundle of PyFlink's costs, brought down: four things beyond PyFlink's API.
+"""What a bundle of PyFlink's costs, brought down: five things beyond PyFlink's API.
 
-A record leaves each Python operator on its way with the end of a bundle (docs/adr/0012):
+A record leaves each Python operator on its way with the end of a bundle (docs/adr/0012, docs/adr/0023):
 
 * A bundle's changes of state are written key by key, each a message whose answer is waited for. The
   messages bear their own key and are worked off in order, so all are sent before the first answer is
   waited for.
 * For the same reason any key of the subtask may be read and written while Flink processes an element
-  or timer of another: one timer serves all shards.
+  or timer of another: one timer serves all shards. PyFlink's own map, which is looked up, cached and
+  encoded again for each entry, is left out: `KeyedMap` holds what a bundle has changed.
+* A bundle's elements come in one piece, and an operator can know which is the last: what serves all of
+  them is done once.
 * Beam samples which step a bundle is in, on a thread that it starts and waits for in each bundle. PyFlink
   throws the samples away.
 * What a bundle puts out travels on another stream than the answer that the bundle is done. A worker that
@@ -14,26 +17,32 @@ A record leaves each Python operator on its way with the end of a bundle (docs/a
 
 These are attributes that are no API. PyFlink 2.3: `RemoteKeyedStateBackend`, `CachingMapStateHandler`; where
 they are missing, `KeyedState` says so when the operator opens. Beam: `StateSampler`, `SdkWorker`,
-`GrpcClientDataChannelFactory`.
+`GrpcClientDataChannelFactory`, `DataInputOperation`.
 """
 
+import struct
 import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from apache_beam.portability.api import beam_fn_api_pb2
-from apache_beam.runners.worker import sdk_worker, statesampler
+from apache_beam.runners.worker import bundle_processor, sdk_worker, statesampler
 from pyflink.datastream.functions import RuntimeContext
+from pyflink.datastream.state import MapStateDescriptor
+from pyflink.fn_execution.state_impl import CachingMapStateHandler, IterateType
 from pyflink.version import __version__ as flink_version
 
 from flink_llm.errors import FlinkLlmError
 
 
 def lean_bundles() -> None:
-    """From the next bundle of this process on: no sampling thread, and outputs in the bundle's answer."""
+    """From the next bundle of this process on: no sampling thread, outputs in the answer, elements counted."""
     sampler: Any = statesampler.StateSampler
     sampler.start, sampler.stop = _start, _stop
     worker: Any = sdk_worker.SdkWorker
     worker.process_bundle = _process_bundle
+    operation: Any = bundle_processor.DataInputOperation
+    operation.process_encoded = _process_encoded
 
 
 _set_current_tracker: Any = statesampler.set_current_tracker
@@ -69,6 +78,43 @@ def _process_bundle(worker: Any, request: Any, instruction_id: str) -> Any:
     if kept:
         response.process_bundle.elements.CopyFrom(beam_fn_api_pb2.Elements(data=data, timers=timers))
     return response
+
+
+_plain_process_encoded: Any = bundle_processor.DataInputOperation.process_encoded
+_arriving = threading.local()  # `left`: elements of the piece in hand that are still to come
+
+
+def _process_encoded(operation: Any, data: bytes) -> None:
+    _arriving.left = count_frames(data)
+    try:
+        _plain_process_encoded(operation, data)
+    finally:
+        _arriving.left = 0
+
+
+def count_frames(data: bytes) -> int:
+    """How many elements a piece of a bundle holds: each has its length before it (base 128, lowest first)."""
+    count = position = 0
+    end = len(data)
+    while position < end:
+        length = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80 or position >= end:
+                break
+        position += length
+        count += 1
+    return count
+
+
+def more_to_come() -> bool:
+    """To be asked once for each element: whether another follows in the same piece, which is processed at once."""
+    left: int = getattr(_arriving, "left", 0) - 1
+    _arriving.left = left
+    return left > 0
 
 
 class Outbox:
@@ -107,38 +153,102 @@ class Outbox:
 
 
 class KeyedState:
-    """The keyed state of one operator; `bundles` counts those that have ended.
+    """The keyed state of one operator: maps of bytes, which nobody else may read or write.
 
-    Raises FlinkLlmError for a PyFlink that is made otherwise.
+    `at_end` is called at the end of each bundle, before its changes are written. Raises FlinkLlmError for a
+    PyFlink that is made otherwise.
     """
 
-    def __init__(self, runtime_context: RuntimeContext) -> None:
+    def __init__(self, runtime_context: RuntimeContext, at_end: Callable[[], None] = lambda: None) -> None:
         try:
+            self._context = runtime_context
             self._backend = runtime_context._keyed_state_backend
-            handler = self._backend._map_state_handler
-            self._writes = handler._underlying = _Writes(handler._underlying)
-            self.bundles = 0
+            self._handler = self._backend._map_state_handler
+            self._writes = self._handler._underlying = _Writes(self._handler._underlying)
+            self._at_end = at_end
+            self._maps: list[KeyedMap] = []
             self._commit = self._backend.commit
             self._backend.commit = self._commit_all
+            self._set_key = self._backend.set_current_key
+            self._backend.set_current_key = self._name_key
         except AttributeError as error:
             raise FlinkLlmError(
                 f"PyFlink {flink_version} keeps state in a way this release does not know ({error}): "
                 f"use apache-flink 2.3"
             ) from error
 
-    @property
-    def key(self) -> Any:
-        """Whose state is read and written, and whose timers are set."""
-        return self._backend.get_current_key()
+    def map(self, descriptor: MapStateDescriptor, key: Any, *, once: bytes = b"") -> "KeyedMap":
+        """The map of one key, made once. Entries whose names begin with `once` are put once in all eternity."""
+        before, self._backend._current_key = self._backend._current_key, None
+        self._set_key(key)
+        made = KeyedMap(self._handler, self._context.get_map_state(descriptor).get_internal_state(), once)
+        self._backend._current_key = before
+        self._maps.append(made)
+        return made
 
-    @key.setter
-    def key(self, key: Any) -> None:
-        self._backend.set_current_key(key)
+    def _name_key(self, key: Any) -> None:
+        self._backend._current_key = key  # for timers; its bytes are for PyFlink's own states, which have no part here
 
     def _commit_all(self) -> None:
-        self.bundles += 1
+        self._at_end()
         self._commit()
+        for each in self._maps:
+            each.write()
         self._writes.wait()
+
+
+class KeyedMap:
+    """The bytes of one key's map state: read at once, written with the end of the bundle."""
+
+    def __init__(self, handler: Any, internal: Any, once: bytes) -> None:
+        self._handler = handler
+        self._state_key = internal._state_key
+        self._encode, self._decode = internal._map_key_encoder, internal._map_value_decoder
+        self._once = once
+        self._changes: dict[bytes, bytes | None] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        """Asks Flink, unless this bundle has changed the entry."""
+        if key in self._changes:
+            return self._changes[key]
+        found, value = self._handler._get_raw(self._state_key, key, self._encode, self._decode)
+        return bytes(value) if found else None
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Sets a value."""
+        self._changes[key] = value
+
+    def remove(self, key: bytes) -> None:
+        """Removes a value that may not exist."""
+        if self._once and key.startswith(self._once) and self._changes.get(key) is not None:
+            del self._changes[key]  # came and went within a bundle: Flink need not know
+        else:
+            self._changes[key] = None
+
+    def keys(self) -> Iterable[bytes]:
+        """All keys, as Flink has them: nothing may have been changed in this bundle."""
+        found = self._handler.lazy_iterator(self._state_key, IterateType.KEYS, self._decode, self._decode, {})
+        return [bytes(key) for key, _ in found]
+
+    def write(self) -> None:
+        """Sends what has changed; the answer is waited for by whoever has this map."""
+        if self._changes:
+            changes, self._changes = self._changes, {}
+            self._handler._underlying.append_raw(self._state_key, packed(changes))
+
+
+def packed(changes: dict[bytes, bytes | None]) -> bytes:
+    """Changes of a map of bytes as PyFlink writes them: each name and value has its length twice, from two coders."""
+    parts = [struct.pack(">i", len(changes))]
+    for key, value in changes.items():
+        kind = CachingMapStateHandler.DELETE if value is None else CachingMapStateHandler.SET_VALUE
+        parts += _HEAD.pack(kind, len(key) + 4, len(key)), key
+        if value is not None:
+            parts += _LENGTHS.pack(len(value) + 4, len(value)), value
+    return b"".join(parts)
+
+
+_HEAD, _LENGTHS = struct.Struct(">Bii"), struct.Struct(">ii")
 
 
 class _Sent:

@@ -80,17 +80,17 @@ class Reader:
         """In the worker, before the first element."""
         self._keyer = None if self._key is None else Keyer(self._key, self._takes)
 
-    def __call__(self, value: Any, shard: int, timestamp: int | None) -> bytes:
-        """The arrival's bytes, of an element of that shard."""
+    def __call__(self, value: Any, shard: int, timestamp: int | None) -> tuple[bytes, Arrival]:
+        """The arrival's bytes and itself, of an element of that shard."""
         if self._keyer is None:
             data: bytes = value[1]
-            return data
+            return data, Arrival.from_bytes(data)
         by, arrival = self._keyer.arrive(_inbound(value, timestamp))
         if arrival.key is not None and shard_of(by, self._shards) != shard:
             # Java's JSON reader gave it up (nesting beyond 1,000): run here it would not meet its key's other records.
             reason = "the key of the record cannot be read by Flink: is the record nested too deeply?"
             arrival = msgspec.structs.replace(arrival, key=None, key_error=reason)
-        return arrival.to_bytes()
+        return arrival.to_bytes(), arrival
 
 
 def _is_inbound(stream: DataStream) -> bool:

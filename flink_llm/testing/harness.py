@@ -2,7 +2,7 @@
 
 import asyncio
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -242,7 +242,7 @@ class Harness:
         self.runner.close()
         self.loop.freeze()
 
-    def _write(self, outputs: Iterator[Output]) -> None:
+    def _write(self, outputs: Iterable[Output]) -> None:
         """Until the crash, if there is to be one."""
         for output in outputs:
             self.outputs.append(output)
