@@ -12,6 +12,7 @@ from msgspec import Struct
 from flink_llm import codec
 from flink_llm.arrivals import Arrival
 from flink_llm.errors import RecordError
+from flink_llm.telemetry import TelemetrySettings
 
 if TYPE_CHECKING:
     from flink_llm.shard import Shard
@@ -54,6 +55,7 @@ class OperatorSettings(Struct, frozen=True, kw_only=True):
     keep_payload: bool = False
     shards: int = 16
     max_parallelism: int = 128
+    telemetry: TelemetrySettings = TelemetrySettings()
 
 
 class Result(Struct, frozen=True):

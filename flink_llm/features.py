@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import Context
 from typing import Any
 
 from flink_llm.errors import ConfigError, Outage
@@ -113,6 +114,11 @@ def _merged(given: Mapping[str, Any], parts: list[tuple[Part, Key | None, Stored
     return FeatureRow(values, age_s=max(ages, default=None), found=found, stale=stale)
 
 
+def _of_nobody(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task for all, which does not pass for a part of the call that happens to start it."""
+    return asyncio.create_task(work, context=Context())
+
+
 class FeatureClient:
     """Reads one feature repository for one asyncio loop.
 
@@ -159,7 +165,7 @@ class FeatureClient:
         The online store may be down: the first read will say so.
         """
         if self._opening is None or (self._opening.done() and not self._opened()):
-            self._opening = asyncio.create_task(self._open())
+            self._opening = _of_nobody(self._open())
         await asyncio.shield(self._opening)
         for table in self._tables.values():
             table.resolve(self.store)
@@ -183,7 +189,7 @@ class FeatureClient:
         waiter: Waiter = asyncio.get_running_loop().create_future()
         self._waiting.add(source, key, waiter)
         if self._serving is None or self._serving.done():
-            self._serving = asyncio.create_task(self._serve())
+            self._serving = _of_nobody(self._serve())
         return waiter
 
     def _opened(self) -> bool:
@@ -225,7 +231,7 @@ class FeatureClient:
             self._out[view] = self._clock(), next(iter(keys))
             log.warning("%s: %s; its reads wait until it is back", view, error)
             if self._probing is None or self._probing.done():
-                self._probing = asyncio.create_task(self._probe())
+                self._probing = _of_nobody(self._probe())
         for waiters in keys.values():
             answer(waiters, error)
 

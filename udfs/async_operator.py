@@ -27,6 +27,7 @@ from flink_llm.kept import Kept
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard
+from flink_llm.telemetry import shape_logs
 from flink_llm.transactions import PARAMETER, AliveWatch
 from flink_llm.udfs.bundles import KeyedState, lean_bundles
 from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
@@ -115,6 +116,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
 
     def open(self, runtime_context: RuntimeContext) -> None:
         lean_bundles()
+        shape_logs(self._settings.telemetry.logs)
         self._read.open()
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._shards: dict[int, Shard] = {}
