@@ -24,7 +24,7 @@ from flink_llm.flink_settings import FlinkSettings
 from flink_llm.kafka_settings import PATHS, KafkaSettings, addresses
 from flink_llm.names import check_model, check_topic, unknown
 from flink_llm.secrets import masked
-from flink_llm.telemetry import TelemetrySettings
+from flink_llm.telemetry_settings import TelemetrySettings
 
 Name = Annotated[str, Meta(min_length=1)]
 REQUEST_SIZE, REQUEST_BYTES, REQUEST_ROOM = "max.request.size", 1_048_576, 16_384

@@ -23,6 +23,7 @@ from flink_llm.feature_row import FeatureRow
 from flink_llm.feature_settings import FeatureSettings
 from flink_llm.feature_store import Store
 from flink_llm.names import unknown
+from flink_llm.watching import during
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class FeatureTable:
             raise _wrong_keys(spec, list(keys))
         asked = [(part, _key_of(part, keys)) for part in spec.parts]
         waiters = [self._client.enqueue(part.source, key) for part, key in asked if key is not None]
-        rows = iter(await asyncio.gather(*waiters))
+        with during("features", view=self.name):
+            rows = iter(await asyncio.gather(*waiters))
         merged = [(part, key, next(rows) if key is not None else None) for part, key in asked]
         now = self._client.now()
         newest = max((row.at or 0.0 for _, _, row in merged if row is not None), default=0.0)

@@ -1,47 +1,80 @@
-"""What a job tells of itself: how its logs look, where its latencies are read, where its spans go.
+"""What a subtask tells of its records beside Flink's metrics: latencies by stage, and spans."""
 
-Counters and gauges of the operator are Flink's own (docs/metrics.md); this is what Flink has no kind for.
-All of it is off by default.
-"""
+from typing import Any
 
-import logging
-from typing import Any, Literal
-
-from msgspec import Struct
-from pythonjsonlogger.json import JsonFormatter
-
-from flink_llm.engine.generation import current_call
+from flink_llm.arrivals import Arrival
+from flink_llm.clock import REAL, Times
+from flink_llm.stages import Latencies, StageExporter
+from flink_llm.telemetry_settings import TelemetrySettings
+from flink_llm.watching import Watch
 
 
-class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`logs` "json" makes each line of workers and host one JSON object, "text" leaves them as they are."""
+class Telemetry:
+    """Watches the records of one subtask. `start` it before the first, `stop` it after the last."""
 
-    logs: Literal["text", "json"] = "text"
+    def __init__(self, latencies: Latencies | None, *, times: Times = REAL, exporter: StageExporter | None = None):
+        self.latencies = latencies
+        self.clock = times.clock
+        self._exporter = exporter
 
+    def start(self) -> None:
+        """Begins to tell."""
+        if self._exporter is not None:
+            self._exporter.start()
 
-class JsonLines(JsonFormatter):
-    """One JSON object a line: time, level, logger, message, and the request that it is about.
+    def stop(self) -> None:
+        """Tells what is left, and ends it."""
+        if self._exporter is not None:
+            self._exporter.stop()
 
-    That is the call whose task, or a task started by it, is logging; `extra` may name another.
-    """
-
-    def __init__(self) -> None:
-        names = {"levelname": "level", "name": "logger", "threadName": "thread"}
-        form = "%(levelname)s %(name)s %(threadName)s %(message)s"
-        super().__init__(form, rename_fields=names, timestamp="time", json_ensure_ascii=False)
-
-    def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
-        """See JsonFormatter."""
-        super().add_fields(log_data, record, message_dict)
-        call = current_call.get(None)
-        if call is not None:
-            log_data.setdefault("request_id", call.request_id)
-            log_data.setdefault("job", call.job)
-            log_data.setdefault("operator", call.operator)
+    def arrived(self, arrival: Arrival) -> tuple[Arrival, Watch]:
+        """A record has come: as it goes on from here, and who watches it."""
+        return arrival, CallWatch(self)
 
 
-def shape_logs(logs: str) -> None:
-    """Has every handler of the root logger write so, in this process and from now on."""
-    if logs == "json":
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonLines())
+def open_telemetry(settings: TelemetrySettings, *, job: str, operator: str, subtask: int) -> Telemetry | None:
+    """What the settings ask for, None where that is nothing."""
+    if settings.metrics_port is None:
+        return None
+    labels = {"job": job, "operator": operator, "subtask": str(subtask)}
+    exporter = StageExporter(settings.metrics_host, settings.metrics_port, labels)
+    return Telemetry(exporter.latencies, exporter=exporter)
+
+
+class CallWatch(Watch):
+    """One record. It is queued until its call runs, which `call` lasts; then its outcome is to be emitted."""
+
+    __slots__ = ("_arrived", "_began", "_ended", "_telemetry")
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._arrived = telemetry.clock()
+        self._began: float | None = None
+        self._ended: float | None = None
+
+    def now(self) -> float:
+        """See Watch."""
+        return self._telemetry.clock()
+
+    def began(self) -> None:
+        """See Watch."""
+        self._began = self._telemetry.clock()
+        self.passed("queue", self._arrived, self._began)
+
+    def ended(self) -> None:
+        """See Watch."""
+        self._ended = self._telemetry.clock()
+        if self._began is not None:
+            self.passed("call", self._began, self._ended)
+
+    def emitted(self, outcome: Any) -> None:
+        """See Watch."""
+        now = self._telemetry.clock()
+        if self._ended is not None:
+            self.passed("emit", self._ended, now)
+        self.passed("total", self._arrived, now)
+
+    def passed(self, stage: str, since: float, until: float, **facts: Any) -> None:
+        """See Watch."""
+        if self._telemetry.latencies is not None:
+            self._telemetry.latencies.observe(stage, until - since)

@@ -13,7 +13,7 @@ from flink_llm import config
 from flink_llm.engine.launch import _command
 from flink_llm.features import FeatureClient
 from flink_llm.handler import AsyncUdf
-from flink_llm.telemetry import JsonLines, shape_logs
+from flink_llm.logs import JsonLines, shape_logs
 
 
 @pytest.fixture

@@ -24,10 +24,11 @@ from flink_llm.call import OperatorSettings
 from flink_llm.errors import ConfigError, StateError
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.kept import Kept
+from flink_llm.logs import shape_logs
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard
-from flink_llm.telemetry import shape_logs
+from flink_llm.telemetry import Telemetry, open_telemetry
 from flink_llm.transactions import PARAMETER, AliveWatch
 from flink_llm.udfs.bundles import KeyedState, lean_bundles
 from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
@@ -107,6 +108,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         *, of_savepoint: bool = False,
     ) -> None:  # fmt: skip
         self._submitted_ms = _now_ms()
+        self._telemetry: Telemetry | None = None
         self._of_savepoint = of_savepoint
         self._udf = udf
         self._settings = settings
@@ -126,6 +128,12 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._watch = self._watched(runtime_context)
         self._keyed = KeyedState(runtime_context)
         self._kept = Kept(runtime_context.get_map_state(MapStateDescriptor("shard", _BYTES, _BYTES)))
+        self._telemetry = open_telemetry(
+            self._settings.telemetry, job=self._settings.job, operator=self._settings.operator,
+            subtask=runtime_context.get_index_of_this_subtask(),
+        )  # fmt: skip
+        if self._telemetry is not None:
+            self._telemetry.start()
         self._runner = Runner(self._udf, open_services(self._services), self._settings)
         self._runner.start()
         gc.collect()
@@ -144,6 +152,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
     def close(self) -> None:
         if hasattr(self, "_runner"):
             self._runner.close()
+        if self._telemetry is not None:
+            self._telemetry.stop()
 
     @property
     def in_flight(self) -> int:
@@ -181,7 +191,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
 
     def _touch(self, number: int, ctx: Any) -> Iterator[Any]:
         """A shard's first element or timer, in a new job or after a restore."""
-        shard = self._shards[number] = Shard(number, self._kept, self._runner)
+        shard = self._shards[number] = Shard(number, self._kept, self._runner, self._telemetry)
         if self._watch is not None:
             self._watch.check(shard.alive_ms)
             shard.beat()

@@ -25,7 +25,7 @@ from flink_llm.engine.place import held_file, socket_path
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.engine.work import LINGER_S, Backend, WorkTable
 from flink_llm.errors import ConfigError, FlinkLlmError
-from flink_llm.telemetry import shape_logs
+from flink_llm.logs import shape_logs
 
 log = logging.getLogger(__name__)
 PREDECESSOR_S = 20.0

@@ -1,0 +1,17 @@
+"""What a job tells of itself beside Flink's metrics, by its configuration."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+
+class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it is off by default.
+
+    `logs` "json" makes each line of workers and host one JSON object. Latencies of the operator's stages are
+    read at `metrics_host`:`metrics_port`, by one worker of a machine for all of them; None tells none.
+    """
+
+    logs: Literal["text", "json"] = "text"
+    metrics_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    metrics_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
