@@ -187,7 +187,7 @@ class Shard:
 
     def _settle(self, call: Call) -> Iterator[Output]:
         outcome = call.outcome
-        call.watch.emitted(outcome)
+        call.watch.emitted(call)
         if isinstance(outcome, Result):
             if outcome.state is not None:
                 self._set_state(call.key, outcome.state)

@@ -10,8 +10,12 @@ class TelemetrySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     `logs` "json" makes each line of workers and host one JSON object. Latencies of the operator's stages are
     read at `metrics_host`:`metrics_port`, by one worker of a machine for all of them; None tells none.
+    `traces` is a collector's OTLP address over HTTP, None for no spans; `trace_share` is how many of the traces
+    that begin here are kept, 0 to 1: one that a header has begun is kept where that says so.
     """
 
     logs: Literal["text", "json"] = "text"
     metrics_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
     metrics_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    traces: Annotated[str, Meta(pattern="^https?://")] | None = None
+    trace_share: Annotated[float, Meta(ge=0, le=1)] = 1.0

@@ -19,8 +19,8 @@ class Watch:
     def ended(self) -> None:
         """Its call has an outcome."""
 
-    def emitted(self, outcome: Any) -> None:
-        """Its outcome is in Flink's hands."""
+    def emitted(self, call: Any) -> None:
+        """The outcome of `call` is in Flink's hands."""
 
     def passed(self, stage: str, since: float, until: float, **facts: Any) -> None:
         """A stage of its call is over; `facts` are what a span says of it."""
