@@ -1,13 +1,15 @@
 """What a subtask tells of its records beside Flink's metrics: latencies by stage, and spans."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flink_llm.arrivals import Arrival
 from flink_llm.clock import REAL, Times
-from flink_llm.stages import Latencies, StageExporter
 from flink_llm.telemetry_settings import TelemetrySettings
 from flink_llm.tracing import RecordSpan, Tracing, otlp
 from flink_llm.watching import Watch
+
+if TYPE_CHECKING:
+    from flink_llm.stages import Latencies, StageExporter
 
 
 class Telemetry:
@@ -15,12 +17,12 @@ class Telemetry:
 
     def __init__(
         self,
-        latencies: Latencies | None = None,
+        latencies: "Latencies | None" = None,
         tracing: Tracing | None = None,
         *,
         operator: str = "handler",
         times: Times = REAL,
-        exporter: StageExporter | None = None,
+        exporter: "StageExporter | None" = None,
     ) -> None:
         self.latencies = latencies
         self.clock = times.clock
@@ -57,6 +59,8 @@ def open_telemetry(settings: TelemetrySettings, *, job: str, operator: str, subt
     if settings.traces is not None:
         tracing = Tracing(otlp(settings.traces), share=settings.trace_share, service=job)
     if settings.metrics_port is not None:
+        from flink_llm.stages import StageExporter  # and Prometheus' client, only where it is to tell
+
         labels = {"job": job, "operator": operator, "subtask": str(subtask)}
         exporter = StageExporter(settings.metrics_host, settings.metrics_port, labels)
     latencies = None if exporter is None else exporter.latencies
