@@ -18,7 +18,7 @@ _PACKAGES = {"org.apache.flink.metrics.prometheus.": "prometheus", "org.apache.f
 
 def options(settings: TelemetrySettings) -> dict[str, str]:
     """Flink's options for the reporters that are asked for."""
-    found = {}
+    found: dict[str, str] = {}
     if settings.flink_prometheus is not None:
         found |= {
             f"{PREFIX}prometheus.factory.class": "org.apache.flink.metrics.prometheus.PrometheusReporterFactory",

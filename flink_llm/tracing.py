@@ -4,6 +4,7 @@ A record's span hangs below the trace context (W3C) of its Kafka headers, or beg
 the record, its outcomes and the handler's `ctx.headers`, carries the context of that span.
 """
 
+import importlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from flink_llm.arrivals import Arrival
 from flink_llm.call import Call, Failed
 from flink_llm.clock import REAL, Times
 from flink_llm.errors import ConfigError
+from flink_llm.telemetry_settings import TelemetrySettings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
@@ -132,6 +134,16 @@ def otlp(endpoint: str) -> "SpanProcessor":
     except ImportError as error:
         raise _missing() from error
     return BatchSpanProcessor(OTLPSpanExporter(endpoint, timeout=EXPORT_S))
+
+
+def check(settings: TelemetrySettings) -> None:
+    """Raises ConfigError where these settings ask for spans, and this Python has no OpenTelemetry."""
+    if settings.traces is None:
+        return
+    try:
+        importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    except ImportError as error:
+        raise _missing() from error
 
 
 def _missing() -> ConfigError:

@@ -1,6 +1,7 @@
 """Spans: what hangs below what, what they say, and what goes on to whoever reads the outcome."""
 
 import builtins
+import importlib
 
 import pytest
 
@@ -14,7 +15,7 @@ from flink_llm.handler import AsyncUdf
 from flink_llm.telemetry import Telemetry, open_telemetry
 from flink_llm.telemetry_settings import TelemetrySettings
 from flink_llm.testing import FakeFeatures, Script
-from flink_llm.tracing import Tracing
+from flink_llm.tracing import Tracing, check
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 HEADERS = {"traceparent": f"00-{TRACE}-{CALLER}-01".encode(), "tracestate": b"vendor=1", "mine": b"\xff"}
@@ -126,6 +127,10 @@ def test_without_opentelemetry_the_job_says_what_to_install(monkeypatch):
         return plain(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setattr(importlib, "import_module", absent)
+    check(TelemetrySettings())
+    with pytest.raises(ConfigError, match=r"pip install 'flink-llm\[otel\]'"):
+        check(TelemetrySettings(traces="http://127.0.0.1:9/v1/traces"))
     with pytest.raises(ConfigError, match=r"pip install 'flink-llm\[otel\]'"):
         open_telemetry(TelemetrySettings(traces="http://127.0.0.1:9/v1/traces"), job="j", operator="o", subtask=0)
 

@@ -1,5 +1,7 @@
 """Prometheus reads a running job: Flink's counters by our names, and the workers' latencies."""
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +10,7 @@ import urllib.request
 from prometheus_client.parser import text_string_to_metric_families
 
 from flink_llm.local import processes
+from tests.test_observability import flinks_own
 
 PROGRAM = """
 import asyncio, json, pathlib, sys
@@ -28,6 +31,7 @@ class Some(AsyncUdf):
             raise RecordError("invalid", "no")
         while request["is"] == "slow" and not pathlib.Path(flag).exists():
             await asyncio.sleep(0.1)
+        ctx.log.warning("answered")
         ctx.metrics.add("degraded")
         return request
 
@@ -62,7 +66,8 @@ def test_a_scrape_has_our_names(tmp_path):
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), str(flink), str(own), str(flag)]
     with (tmp_path / "log").open("w") as log:
-        job = subprocess.Popen(command, stdout=log, stderr=log)
+        environ = {**os.environ, "FLINK_LOG_DIR": str(tmp_path)}
+        job = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
     try:
         deadline = time.monotonic() + 120
         wanted = {f"{GROUP}{name}": value for name, value in
@@ -75,9 +80,14 @@ def test_a_scrape_has_our_names(tmp_path):
             found = {name: samples.get((name, "my-job")) for name in wanted}
             samples = scraped(own)
             told = {stage: samples.get(("flink_llm_stage_seconds_count", stage, "my-job")) for stage in latencies}
+        flinks = {name for name, *_ in scraped(flink)}
         assert (found, told) == (wanted, latencies), (tmp_path / "log").read_text()[-3000:]
+        assert flinks_own() - flinks == set()
         flag.touch()
         assert job.wait(60) == 0
+        lines = "".join(file.read_text(errors="replace") for file in tmp_path.glob("*.log*")).splitlines()
+        said = [json.loads(line[line.index("{") :]) for line in lines if '"message": "answered"' in line]
+        assert [(one["request_id"], one["operator"]) for one in said] == [("good", "some"), ("slow", "some")]
     finally:
         job.kill()
         job.wait()
