@@ -12,6 +12,8 @@ from msgspec import Struct
 from flink_llm import codec
 from flink_llm.arrivals import Arrival
 from flink_llm.errors import RecordError
+from flink_llm.telemetry_settings import TelemetrySettings
+from flink_llm.watching import NOBODY
 
 if TYPE_CHECKING:
     from flink_llm.shard import Shard
@@ -54,6 +56,7 @@ class OperatorSettings(Struct, frozen=True, kw_only=True):
     keep_payload: bool = False
     shards: int = 16
     max_parallelism: int = 128
+    telemetry: TelemetrySettings = TelemetrySettings()
 
 
 class Result(Struct, frozen=True):
@@ -91,7 +94,7 @@ class Call:
     __slots__ = (
         "admitted", "arrival", "arrived_ms", "attempt", "clock", "committed_state", "emitted", "ended", "expires_at",
         "identity", "info", "key", "outcome", "payload_hash", "priority", "repeats", "reply_to",
-        "request", "request_id", "restored", "retried", "sent", "sequence", "shard", "task", "timestamp",
+        "request", "request_id", "restored", "retried", "sent", "sequence", "shard", "task", "timestamp", "watch",
     )  # fmt: skip
 
     def __init__(self, shard: "Shard", sequence: int, arrival: Arrival, request: Any, arrived_ms: int) -> None:
@@ -124,6 +127,7 @@ class Call:
         self.repeats: list[Call] = []
         self.task: asyncio.Task[None] | None = None
         self.info: Any = None
+        self.watch = NOBODY
 
     @property
     def generation_id(self) -> str | None:

@@ -25,6 +25,7 @@ from flink_llm.flink_settings import FlinkSettings
 from flink_llm.kafka_settings import PATHS, KafkaSettings, addresses
 from flink_llm.names import check_model, check_topic, unknown
 from flink_llm.secrets import masked
+from flink_llm.telemetry_settings import TelemetrySettings
 
 Name = Annotated[str, Meta(min_length=1)]
 REQUEST_SIZE, REQUEST_BYTES, REQUEST_ROOM = "max.request.size", 1_048_576, 16_384
@@ -122,6 +123,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     features: FeatureSettings | None = None
     breaker: BreakerSettings = BreakerSettings()
     chat: Chat = Chat()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     def __repr__(self) -> str:
         return f"JobConfig({masked(msgspec.to_builtins(self))})"
@@ -134,6 +136,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
             shards=self.flink.shards,
             max_parallelism=self.flink.max_parallelism,
             reply_topics=[self.topics.responses, *self.topics.reply_to],
+            telemetry=self.telemetry,
             **chosen,
         )
 
@@ -241,6 +244,8 @@ def _placed(config: JobConfig, folder: Path) -> JobConfig:
         "flink": put(config.flink, "checkpoint_dir"),
         "host": put(config.host, "socket_dir"),
     }
+    if config.telemetry.logs == "json":
+        changes["host"] = msgspec.structs.replace(changes["host"], logs="json")
     if config.features is not None:
         changes["features"] = put(config.features, "repo", "state")
     if config.files is not None:

@@ -15,6 +15,7 @@ from pyflink.common import Configuration
 from pyflink.datastream import CheckpointingMode, StreamExecutionEnvironment
 from pyflink.java_gateway import get_gateway
 
+from flink_llm import reporters
 from flink_llm.errors import ConfigError
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.local import failures, jars, processes
@@ -130,6 +131,7 @@ def environment(properties: dict[str, str] | None = None, *, kafka: bool = True)
     """
     local = not submitted()
     if local:
+        reporters.to_class_path(properties or {})
         jars.java()  # a Configuration is an object of Flink's, and starts Java
     configuration = Configuration()
     if local:

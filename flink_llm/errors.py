@@ -135,3 +135,11 @@ CODES: dict[str, str] = {
     "missing_features": "a required feature is absent or too old",
 }
 """Failure codes and what each means. Codes are never renamed; new ones may be added."""
+
+
+def told(error: BaseException) -> str:
+    """Class and message of whatever a handler has raised, even where its `__str__` raises."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

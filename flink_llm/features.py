@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import Context
 from typing import Any
 
 from flink_llm.breakers import Breaker, Breakers, BreakerSettings
@@ -23,6 +24,7 @@ from flink_llm.feature_row import FeatureRow
 from flink_llm.feature_settings import FeatureSettings
 from flink_llm.feature_store import Store
 from flink_llm.names import unknown
+from flink_llm.watching import during
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ class FeatureTable:
         for part in spec.parts:
             self._client.breaker(part.source).check()
         waiters = [self._client.enqueue(part.source, key) for part, key in asked if key is not None]
-        rows = iter(await asyncio.gather(*waiters))
+        with during("features", view=self.name):
+            rows = iter(await asyncio.gather(*waiters))
         merged = [(part, key, next(rows) if key is not None else None) for part, key in asked]
         now = self._client.now()
         newest = max((row.at or 0.0 for _, _, row in merged if row is not None), default=0.0)
@@ -113,6 +116,11 @@ def _merged(given: Mapping[str, Any], parts: list[tuple[Part, Key | None, Stored
             ages.append(age)
         values.update((name, held.get(name) if held is not None else None) for name in part.features)
     return FeatureRow(values, age_s=max(ages, default=None), found=found, stale=stale)
+
+
+def _of_nobody(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task for all, which does not pass for a part of the call that happens to start it."""
+    return asyncio.create_task(work, context=Context())
 
 
 class FeatureClient:
@@ -168,7 +176,7 @@ class FeatureClient:
         The online store may be down: the first read will say so.
         """
         if self._opening is None or (self._opening.done() and not self._opened()):
-            self._opening = asyncio.create_task(self._open())
+            self._opening = _of_nobody(self._open())
         await asyncio.shield(self._opening)
         for table in self._tables.values():
             table.resolve(self.store)
@@ -192,7 +200,7 @@ class FeatureClient:
         waiter: Waiter = asyncio.get_running_loop().create_future()
         self._waiting.add(source, key, waiter)
         if self._serving is None or self._serving.done():
-            self._serving = asyncio.create_task(self._serve())
+            self._serving = _of_nobody(self._serve())
         return waiter
 
     def _opened(self) -> bool:
@@ -234,7 +242,7 @@ class FeatureClient:
             self._out[view] = self._clock(), next(iter(keys))
             log.warning("%s: %s; its reads wait until it is back", view, error)
             if self._probing is None or self._probing.done():
-                self._probing = asyncio.create_task(self._probe())
+                self._probing = _of_nobody(self._probe())
         self.breaker(view).report(error)
         for waiters in keys.values():
             answer(waiters, error)

@@ -20,7 +20,7 @@ from flink_llm.call import EMPTY_STATE, Call, Failed, Lane, OperatorSettings, Ou
 from flink_llm.clock import REAL, RecordClock, Times
 from flink_llm.deadlines import Deadlines
 from flink_llm.engine.generation import CallInfo, current_call
-from flink_llm.errors import CircuitOpen, FlinkLlmError, Overloaded, RecordError, Retriable, StateError
+from flink_llm.errors import CircuitOpen, FlinkLlmError, Overloaded, RecordError, Retriable, StateError, told
 from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services, check_result, signature_of
 from flink_llm.inbox import Inbox
 from flink_llm.leaks import Leaks
@@ -28,6 +28,7 @@ from flink_llm.places import Places
 from flink_llm.retries import INFRASTRUCTURE, wait_before
 from flink_llm.shedding import Shedder
 from flink_llm.turns import Repeats, Turns
+from flink_llm.watching import current_watch
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class Runner:
         except FlinkLlmError:
             raise
         except BaseException as error:
-            raise FlinkLlmError(f"{self.name}.open failed: {_told(error)}") from error
+            raise FlinkLlmError(f"{self.name}.open failed: {told(error)}") from error
         await self._services.start()
         self._ticker = asyncio.create_task(self._tick())
 
@@ -211,6 +212,7 @@ class Runner:
             call, lane = self._ready.popleft()
             if not call.ended:
                 self._running += 1
+                call.watch.began()
                 call.task = self._loop.create_task(self._run(call, lane))
 
     async def _run(self, call: Call, lane: Lane | None) -> None:
@@ -285,6 +287,7 @@ class Runner:
             priority=call.priority,
         )
         current_call.set(call.info)
+        current_watch.set(call.watch)
         try:
             result = await self._udf.call(call.request, CallContext(self._context, call, state=state))
             return self._result(call, result, state, lane)
@@ -302,7 +305,7 @@ class Runner:
             if self._closing:
                 raise
             log.warning("%s failed on %s", self.name, call.arrival.place, exc_info=error)
-            return Failed("handler_error", _told(error), call.generation_id)
+            return Failed("handler_error", told(error), call.generation_id)
         finally:
             for generation in list(call.info.open_generations):
                 generation.close()
@@ -327,6 +330,7 @@ class Runner:
             return
         call.ended = True
         call.outcome = outcome
+        call.watch.ended()
         self._ended += 1
         self._learn(call, outcome)
         if call.task is not None:
@@ -369,11 +373,3 @@ class Runner:
                 self._deadlines.tick()
             except Exception:  # every deadline hangs on this task
                 log.exception("the deadlines of %s could not be looked after", self.name)
-
-
-def _told(error: BaseException) -> str:
-    """Class and message of whatever a handler has raised, even where its `__str__` raises."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:
-        return type(error).__name__

@@ -19,7 +19,9 @@ from flink_llm.errors import RecordError, StateError
 from flink_llm.kept import Kept, Remembered
 from flink_llm.records import Failure
 from flink_llm.runner import Runner
+from flink_llm.telemetry import Telemetry
 from flink_llm.turns import conflict
+from flink_llm.watching import NOBODY
 
 CACHED_BYTES = 16 * 1024 * 1024
 """Of the states of a shard's keys, how much is kept in memory as well."""
@@ -45,7 +47,7 @@ class Shard:
     Raises StateError when the state was written for another configuration.
     """
 
-    def __init__(self, number: int, kept: Kept, runner: Runner) -> None:
+    def __init__(self, number: int, kept: Kept, runner: Runner, telemetry: Telemetry | None = None) -> None:
         self.number = number
         self.runner = runner
         self.events: deque[tuple[Call, bytes | None]] = deque()
@@ -54,6 +56,7 @@ class Shard:
         self.alive_ms: int | None = None
         self._kept = kept
         self._settings = runner.settings
+        self._telemetry = telemetry
         self._open: dict[int, Call] = {}
         self._per_key: dict[str, int] = {}
         self._answers: dict[bytes, Remembered] = {}
@@ -110,6 +113,9 @@ class Shard:
         self, sequence: int, data: bytes, arrival: Arrival, arrived_ms: int, *, restored: bool = False
     ) -> list[Output]:
         self._next = max(self._next, sequence + 1)
+        watch = NOBODY
+        if self._telemetry is not None:
+            arrival, watch = self._telemetry.arrived(arrival)
         try:
             request = arrival.request(self.runner.takes)
             call = Call(self, sequence, arrival, request, arrived_ms)
@@ -120,6 +126,7 @@ class Shard:
             call.outcome = Failed(error.code, error.message)
         else:
             call.outcome = self._remembered(call) or (None if restored else self.runner.refusal(call))
+        call.watch = watch
         if call.outcome is not None and not self._settings.ordered:
             outcome = self._settle(call)
             if restored:
@@ -191,6 +198,7 @@ class Shard:
 
     def _settle(self, call: Call) -> Output | None:
         outcome = call.outcome
+        call.watch.emitted(call)
         if isinstance(outcome, Result):
             if outcome.state is not None:
                 self._set_state(call.key, outcome.state)

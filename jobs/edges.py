@@ -12,7 +12,7 @@ from pyflink.datastream import DataStream, StreamExecutionEnvironment
 from pyflink.datastream.connectors.file_system import FileSink, FileSource, OutputFileConfig, StreamFormat
 from pyflink.util.exceptions import JavaException
 
-from flink_llm import config, environment, kafka, submission
+from flink_llm import config, environment, kafka, reporters, submission
 from flink_llm.config import JobConfig
 from flink_llm.errors import FlinkLlmError
 from flink_llm.local import checks
@@ -70,7 +70,8 @@ def run(build: Callable[[StreamExecutionEnvironment, JobConfig], None], argument
             alone = checks.alone(settings)
         elif settings.files is None:  # a cluster may reach what this machine cannot: this asks where it can
             checks.sizes(settings)
-        env = environment.environment(settings.flink.properties, kafka=settings.files is None)
+        properties = {**reporters.options(settings.telemetry), **settings.flink.properties}
+        env = environment.environment(properties, kafka=settings.files is None)
         build(env, settings)
         if environment.submitted():
             submission.check(env, settings.name)

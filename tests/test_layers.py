@@ -24,7 +24,8 @@ ROOMS = {
     ],
     "onnxruntime": ["flink_llm/engine/"],
     "onnxruntime_genai": ["flink_llm/engine/export_decoder.py"],
-    "prometheus_client": ["flink_llm/engine/metrics"],
+    "opentelemetry": ["flink_llm/tracing.py"],
+    "prometheus_client": ["flink_llm/engine/metrics", "flink_llm/stages.py"],
     "torch": ["flink_llm/engine/export", "flink_llm/engine/parity.py", "models/training/"],
     "apache_beam": ["udfs/bundles.py"],
     "kafka": [  # what a job reads and writes goes through Flink

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from flink_llm import config
+from flink_llm import config, stages
 from flink_llm.engine import metrics_endpoint
 from flink_llm.engine.client import open_engine
 from flink_llm.engine.generation import Model
@@ -53,7 +53,7 @@ def sampled(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def test_the_table_in_the_docs_is_what_there_is() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text().partition("## The operator's")[0]
     told = {(name, kind, tuple(labels.split(", "))) for name, kind, labels in TABLE.findall(page)}
     metrics = Metrics()
     there = {
@@ -129,7 +129,7 @@ def test_a_port_that_is_taken_is_one_line_and_is_had_later(
             time.sleep(0.1)
             assert [record.getMessage() for record in caplog.records] == [
                 f"host.metrics_port: no metrics on 127.0.0.1:{port} (Address already in use); "
-                "the models are served, the next try is in 0.02 s"
+                "the models are served, and it is tried again"
             ]
     try:
         until(lambda: endpoint.address)
@@ -254,7 +254,10 @@ def test_a_real_host_tells_what_it_did(hosted: Hosted, tmp_path: Path) -> None:
 def test_the_operators_table_is_what_it_counts() -> None:
     root = Path(__file__).parents[1]
     page = (root / "docs" / "metrics.md").read_text().partition("## The operator's")[2]
+    page, _, latencies = page.partition("## Latencies by stage")
     told = {name.removesuffix("CODE") for name in re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)}
     files = [*(root / "flink_llm").glob("*.py"), *(root / "udfs").glob("*.py")]
     calls = [re.findall(r'metrics\.add\(f?"([\w.]+)', file.read_text()) for file in files]
     assert told == {name for found in calls for name in found}
+    assert tuple(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", latencies, re.MULTILINE)) == stages.STAGES
+    assert TABLE.findall(latencies) == [(stages.NAME, "histogram", ", ".join((*stages.LABELS, "stage")))]

@@ -180,6 +180,13 @@ def test_a_cluster_with_gpus_may_be_packed_for_from_a_machine_without(job, tmp_p
     assert re.search(runtime, note)
 
 
+def test_a_job_that_is_traced_takes_opentelemetry_along(job, tmp_path):
+    job.write_text(f"{job.read_text().rstrip()}\ntelemetry: {{traces: 'http://c:4318/v1/traces'}}\n")
+    pack(job, tmp_path / "packed", {})
+    lines = (tmp_path / "packed" / "requirements.txt").read_text().splitlines()
+    assert lines[0].startswith("flink-llm[cpu,otel]==")
+
+
 def test_requirements_pin_all_that_runs_here():
     lines = requirements("cpu")
     assert lines[0].startswith("flink-llm[cpu]==")

@@ -25,10 +25,12 @@ from flink_llm.call import Call, OperatorSettings
 from flink_llm.errors import ConfigError, StateError
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.kept import IN_FLIGHT, Kept
+from flink_llm.logs import shape_logs
 from flink_llm.orphans import end_with_task_manager
 from flink_llm.runner import Runner
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard
+from flink_llm.telemetry import Telemetry, open_telemetry
 from flink_llm.transactions import PARAMETER, AliveWatch
 from flink_llm.udfs.bundles import KeyedState, lean_bundles, more_to_come
 from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
@@ -110,6 +112,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         *, of_savepoint: bool = False,
     ) -> None:  # fmt: skip
         self._submitted_ms = _now_ms()
+        self._telemetry: Telemetry | None = None
         self._of_savepoint = of_savepoint
         self._udf = udf
         self._settings = settings
@@ -121,6 +124,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         lean_bundles()
         end_with_task_manager()
         lean_rows()
+        shape_logs(self._settings.telemetry.logs)
         self._read.open()
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._shards: dict[int, Shard] = {}
@@ -130,6 +134,12 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._watch = self._watched(runtime_context)
         self._keyed = KeyedState(runtime_context, self._at_end)
         self._arrived: tuple[int, Any] | None = None
+        self._telemetry = open_telemetry(
+            self._settings.telemetry, job=self._settings.job, operator=self._settings.operator,
+            subtask=runtime_context.get_index_of_this_subtask(),
+        )  # fmt: skip
+        if self._telemetry is not None:
+            self._telemetry.start()
         self._runner = Runner(self._udf, open_services(self._services), self._settings)
         self._runner.start()
         gc.collect()
@@ -148,6 +158,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
     def close(self) -> None:
         if hasattr(self, "_runner"):
             self._runner.close()
+        if self._telemetry is not None:
+            self._telemetry.stop()
 
     @property
     def in_flight(self) -> int:
@@ -206,7 +218,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
     def _touch(self, number: int, ctx: Any) -> Iterator[Any]:
         """A shard's first element or timer, in a new job or after a restore."""
         entries = self._keyed.map(_STATE, Row(self._keys[number]), once=IN_FLIGHT)
-        shard = self._shards[number] = Shard(number, Kept(entries), self._runner)
+        shard = self._shards[number] = Shard(number, Kept(entries), self._runner, self._telemetry)
         if self._watch is not None:
             self._watch.check(shard.alive_ms)
             shard.beat()

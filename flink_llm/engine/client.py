@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import time
+from contextvars import Context
 from functools import partial
 
 import msgspec
@@ -116,7 +117,8 @@ class HostClient:
 
     def _keep(self) -> None:
         if self._keeper is None or self._keeper.done():
-            self._keeper = asyncio.get_running_loop().create_task(self._keep_connected())
+            own = Context()  # not that of the call which happens to be the first
+            self._keeper = asyncio.get_running_loop().create_task(self._keep_connected(), context=own)
 
     async def _keep_connected(self) -> None:
         attempt = 0

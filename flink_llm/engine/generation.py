@@ -26,6 +26,7 @@ from flink_llm.engine.protocol import (
 )
 from flink_llm.errors import ConfigError, Outage, Overloaded, RecordError
 from flink_llm.records import ChatResponse, Logprob, Message, Timings, TokenRecord, Usage
+from flink_llm.watching import current_watch, during
 
 
 @lru_cache
@@ -147,14 +148,15 @@ class Served:
 
     async def _finish(self, kind: WorkKind, **fields: Any) -> Done:
         events = self._engine.submit(self._work(_call_info(), kind, **fields))
-        try:
-            async for event in events:
-                if isinstance(event, Done):
-                    return event
-                if isinstance(event, Fault):
-                    raise fault_error(event)
-        finally:
-            events.close()
+        with during("model", model=self.name, kind=kind):
+            try:
+                async for event in events:
+                    if isinstance(event, Done):
+                        return event
+                    if isinstance(event, Fault):
+                        raise fault_error(event)
+            finally:
+                events.close()
         raise Outage(f"the engine ended the work of {self.name} without an answer")
 
 
@@ -216,6 +218,8 @@ class Generation(AsyncIterator[TokenRecord]):
         self._events: AsyncIterator[Event] | None = None
         self._over = False
         self._began = 0.0
+        self._spoke_at: float | None = None
+        self._watch = current_watch.get()
         self._spoke = ""
         self.generation_id = ""
         self.finish_reason: FinishReason = "cancelled"
@@ -279,10 +283,20 @@ class Generation(AsyncIterator[TokenRecord]):
         stream, self._stream = self._stream, None
         self._info.open_generations.discard(self)
         if stream is not None:
-            self.timings = msgspec.structs.replace(
-                self.timings, total_ms=round((asyncio.get_running_loop().time() - self._began) * 1000, 3)
-            )
+            now = asyncio.get_running_loop().time()
+            self.timings = msgspec.structs.replace(self.timings, total_ms=round((now - self._began) * 1000, 3))
             stream.close()
+            self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        name, tokens = self._model.name, self.usage
+        self._watch.passed("model", self._began, now, model=name, generation=self.generation_id)
+        if self._spoke_at is not None:
+            queued = self.timings.queue_ms
+            self._watch.passed(
+                "prefill", self._began, self._spoke_at, model=name, tokens=tokens.prompt_tokens, queue_ms=queued
+            )
+            self._watch.passed("decode", self._spoke_at, now, model=name, tokens=tokens.completion_tokens)
 
     def _start(self) -> AsyncIterator[Event]:
         self._began = asyncio.get_running_loop().time()
@@ -318,6 +332,8 @@ class Generation(AsyncIterator[TokenRecord]):
         raise fault_error(event)
 
     def _said(self, event: Tokens) -> TokenRecord:
+        if self._spoke_at is None:
+            self._spoke_at = asyncio.get_running_loop().time()
         self.generation_id = self._info.last_generation = event.generation
         self._spoke = event.model or self._spoke
         self._pieces.append(event.text)

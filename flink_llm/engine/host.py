@@ -25,6 +25,7 @@ from flink_llm.engine.place import held_file, socket_path
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.engine.work import LINGER_S, Backend, WorkTable
 from flink_llm.errors import ConfigError, FlinkLlmError
+from flink_llm.logs import shape_logs
 
 log = logging.getLogger(__name__)
 PREDECESSOR_S = 20.0
@@ -137,6 +138,7 @@ def serve(backend: Callable[[HostSettings], Backend], settings: HostSettings, pa
     somebody else may write.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    shape_logs(settings.logs)
     try:
         device = resolve_device(settings.device)
         path = path.absolute()
@@ -192,6 +194,7 @@ def command(
     @click.option("--linger-work", default=LINGER_S, show_default=True, help="Seconds to work for a lost one.")
     @click.option("--metrics-port", type=click.IntRange(0, 65535), help="Where Prometheus reads; 0 is any free port.")
     @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="The address of that port.")
+    @click.option("--logs", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log.")
     @click.argument("extra", nargs=-1)
     def host(path: Path | None, linger: float, linger_work: float, extra: tuple[str, ...], **chosen: Any) -> None:
         """Serve models to every job on this machine. Jobs start it themselves; this runs it in sight."""

@@ -55,7 +55,8 @@ class Job:
     def fail(self, error: BaseException, said: Said) -> None:
         """The end of this work, and of no other."""
         if not isinstance(error, (RecordError, Overloaded)):
-            log.error("a piece of work for the model %s failed", self.work.model[:12], exc_info=error)
+            about = {"request_id": self.work.request_id}
+            log.error("a piece of work for the model %s failed", self.work.model[:12], exc_info=error, extra=about)
         if isinstance(error, Overloaded):
             self.metrics.ended(f"refused_{error.reason}")
         self.say(fault_of(error), said)

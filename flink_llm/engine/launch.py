@@ -87,6 +87,8 @@ def _command(settings: HostSettings, device: str, path: Path) -> list[str]:
     }
     if settings.metrics_port is not None:
         options |= {"metrics-port": settings.metrics_port, "metrics-host": settings.metrics_host}
+    if settings.logs != "text":
+        options["logs"] = settings.logs
     if settings.memory_mb is not None:
         options["memory-mb"] = settings.memory_mb
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -23,7 +23,7 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     lost goes on for `linger_work_s`; a host must listen within `start_timeout_s`, and is taken for dead after
     `silence_s` without a word. `launcher` is the module that is run as the host, with `launcher_args`. A
     host's metrics are at `metrics_host`:`metrics_port`, 0 being any free port, None nowhere; of jobs that
-    share a host, the one that starts it says where.
+    share a host, the one that starts it says where. `logs` is how the host writes its log.
     """
 
     engine: Literal["host", "embedded"] = "host"
@@ -41,6 +41,7 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     socket_dir: str | None = None
     metrics_port: Annotated[int, Meta(ge=0, le=65535)] | None = None
     metrics_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    logs: Literal["text", "json"] = "text"
     launcher: str = "flink_llm.engine.host"
     launcher_args: list[str] = []
 

@@ -241,7 +241,8 @@ class WorkTable:
             alive.cancel = self._backend.start(work, alive.generation, emit)
         except Exception as error:  # one piece of work must not cost its neighbours their connection
             if not isinstance(error, Outage):
-                log.exception("work for the model %s could not be started", work.model)
+                about = {"request_id": work.request_id}
+                log.exception("work for the model %s could not be started", work.model, extra=about)
             emit(fault_of(error))
 
     def _end(self, alive: _Alive, last: Done | Fault) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flink_llm import tracing
 from flink_llm.config import REQUEST_ROOM, JobConfig
 from flink_llm.engine.place import socket_folder
 from flink_llm.engine.settings import HostSettings, resolve_device
@@ -38,6 +39,7 @@ def before_start(config: JobConfig) -> None:
     """All that would otherwise end in a job that restarts for ever, for a job on this machine."""
     gpu(config.host)
     slots(config)
+    tracing.check(config.telemetry)
     if config.files is not None:
         requests(config)
     else:

@@ -56,7 +56,8 @@ def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ, flavou
     checks.job(settings.job)
     models = {name: versions(path) for name, path in checks.served(settings).items()}
     moved = _moved(config, settings)
-    needed = requirements(flavour or checks.FLAVOURS[checks.flavour()])
+    more = [] if settings.telemetry.traces is None else ["otel"]
+    needed = requirements(flavour or checks.FLAVOURS[checks.flavour()], *more)
     jar = jars.connector_jar()
     if to.exists():
         raise LocalError(f"{to} exists already: choose another folder, or remove it")
@@ -115,36 +116,37 @@ def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], need
     return Packed(shlex.join(line), notes)
 
 
-def requirements(flavour: str) -> list[str]:
-    """Pinned lines for flink-llm with that extra and all it needs, as they are installed here.
+def requirements(*extras: str) -> list[str]:
+    """Pinned lines for flink-llm with these extras and all they need, as they are installed here.
 
     The ONNX Runtime of the other flavour cannot be installed beside this one's, and is not pinned.
     """
     pinned: dict[str, str] = {}
     loose: list[str] = []
-    wanted = [Requirement(f"flink-llm[{flavour}]")]
+    own = f"flink-llm[{','.join(extras)}]"
+    wanted = [Requirement(own)]
     seen = set()
     while wanted:
         each = wanted.pop()
-        name, extras = canonicalize_name(each.name), frozenset(each.extras)
-        if (name, extras) in seen:
+        name, chosen = canonicalize_name(each.name), frozenset(each.extras)
+        if (name, chosen) in seen:
             continue
-        seen.add((name, extras))
+        seen.add((name, chosen))
         try:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError as error:
             if name in checks.FLAVOURS:
                 loose.append(f"{name}{each.specifier}")
                 continue
-            raise LocalError(f"{name} is not installed: pip install 'flink-llm[{flavour}]'") from error
+            raise LocalError(f"{name} is not installed: pip install '{own}'") from error
         pinned.setdefault(name, found.version)
         for line in found.requires or []:
             needed = Requirement(line)
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras or {""}):
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in chosen or {""}):
                 wanted.append(needed)
-    own = pinned.pop("flink-llm")
-    lines = [*(f"{name}=={version}" for name, version in pinned.items()), *loose]
-    return [f"flink-llm[{flavour}]=={own}", *sorted(lines)]
+    version = pinned.pop("flink-llm")
+    lines = [*(f"{name}=={pin}" for name, pin in pinned.items()), *loose]
+    return [f"{own}=={version}", *sorted(lines)]
 
 
 def _packed_path(source: str, name: str) -> str:

@@ -17,6 +17,7 @@ from flink_llm.errors import ConfigError, Outage
 from flink_llm.feature_row import FeatureRow
 from flink_llm.names import unknown
 from flink_llm.testing.scripts import Script, ScriptedBackend
+from flink_llm.watching import during
 
 Served = TypeVar("Served", Model, Embedder, Classifier, Tagger, Reranker)
 Rows = Mapping[str, Mapping[str, Any]]
@@ -66,7 +67,8 @@ class FakeFeatures:
         if keys.keys() != {join_key}:
             raise ConfigError(f"these features are read by {join_key}, not by {', '.join(keys) or 'nothing'}")
         if self._delay_s:
-            await asyncio.sleep(self._delay_s)
+            with during("features", view=join_key):
+                await asyncio.sleep(self._delay_s)
         down = self.down()
         if down is not None:
             raise Outage(down)

@@ -1,0 +1,93 @@
+"""Prometheus reads a running job: Flink's counters by our names, and the workers' latencies."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from flink_llm.local import processes
+from tests.test_observability import flinks_own
+
+PROGRAM = """
+import asyncio, json, pathlib, sys
+from pyflink.common import Types
+from flink_llm import environment, reporters
+from flink_llm.call import OperatorSettings
+from flink_llm.errors import RecordError
+from flink_llm.flink_settings import FlinkSettings
+from flink_llm.handler import AsyncUdf
+from flink_llm.telemetry_settings import TelemetrySettings
+from flink_llm.udfs.async_operator import apply
+
+flink, own, flag = sys.argv[1:]
+
+class Some(AsyncUdf):
+    async def call(self, request: dict, ctx) -> dict:
+        if request["is"] == "bad":
+            raise RecordError("invalid", "no")
+        while request["is"] == "slow" and not pathlib.Path(flag).exists():
+            await asyncio.sleep(0.1)
+        ctx.log.warning("answered")
+        ctx.metrics.add("degraded")
+        return request
+
+telemetry = TelemetrySettings(flink_prometheus=flink, metrics_port=int(own), logs="json")
+env = environment.environment(reporters.options(telemetry), kafka=False)
+environment.configure(env, FlinkSettings(), capacity=64)
+lines = [json.dumps({"session_id": "s", "request_id": name, "is": name}) for name in ("good", "bad", "slow")]
+settings = OperatorSettings(job="my-job", telemetry=telemetry)
+out = apply(env.from_collection(lines, Types.STRING()), Some(), key="session_id", uid="some", settings=settings)
+for stream in (out.results, out.failures):
+    stream.print()
+env.execute("my-job")
+"""
+GROUP = "flink_taskmanager_job_task_operator_flink_llm_"
+
+
+def scraped(port):
+    """Samples by name, stage and job."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+    except OSError:
+        return {}
+    samples = [sample for family in families for sample in family.samples]
+    labels = ("stage", "job_name", "job")
+    return {(one.name, *filter(None, map(one.labels.get, labels))): one.value for one in samples}
+
+
+def test_a_scrape_has_our_names(tmp_path):
+    flink, own = processes.free_port(), processes.free_port()
+    program, flag = tmp_path / "some.py", tmp_path / "flag"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(flink), str(own), str(flag)]
+    with (tmp_path / "log").open("w") as log:
+        environ = {**os.environ, "FLINK_LOG_DIR": str(tmp_path)}
+        job = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
+    try:
+        deadline = time.monotonic() + 120
+        wanted = {f"{GROUP}{name}": value for name, value in
+                  {"results": 1, "failures_invalid": 1, "degraded": 1, "in_flight": 1}.items()}  # fmt: skip
+        latencies = {"total": 2, "queue": 3, "call": 2, "emit": 2}
+        found = told = {}
+        while time.monotonic() < deadline and job.poll() is None and (found != wanted or told != latencies):
+            time.sleep(0.5)
+            samples = scraped(flink)
+            found = {name: samples.get((name, "my-job")) for name in wanted}
+            samples = scraped(own)
+            told = {stage: samples.get(("flink_llm_stage_seconds_count", stage, "my-job")) for stage in latencies}
+        flinks = {name for name, *_ in scraped(flink)}
+        assert (found, told) == (wanted, latencies), (tmp_path / "log").read_text()[-3000:]
+        assert flinks_own() - flinks == set()
+        flag.touch()
+        assert job.wait(60) == 0
+        lines = "".join(file.read_text(errors="replace") for file in tmp_path.glob("*.log*")).splitlines()
+        said = [json.loads(line[line.index("{") :]) for line in lines if '"message": "answered"' in line]
+        assert [(one["request_id"], one["operator"]) for one in said] == [("good", "some"), ("slow", "some")]
+    finally:
+        job.kill()
+        job.wait()
