@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "observability"
 GROUP = "flink_taskmanager_job_task_operator_flink_llm_"
 FLINK_LABELS = {"job_name", "task_name", "subtask_index", "operator_name"}
-SCRAPE_LABELS = {"le", "instance", "code"}  # of buckets, of Prometheus, and made by `label_replace`
+SCRAPE_LABELS = {"le", "instance", "code", "part"}  # of buckets, of Prometheus, and made by `label_replace`
 
 
 def alerts():
@@ -73,9 +73,9 @@ def test_what_is_asked_for_is_there(name, expr):
     assert (grouped | matched) - {""} <= known
 
 
-def test_failures_by_code_are_found_by_the_name_of_their_metric():
+def test_failures_and_circuits_are_found_by_the_names_of_their_metrics():
     patterns = {found for _, expr in expressions() for found in re.findall(r'__name__=~"([^"]+)"', expr)}
-    assert patterns == {f"{GROUP}failures_.+"}
+    assert patterns == {f"{GROUP}failures_.+", f"{GROUP}breaker_.+"}
     assert all(re.fullmatch(f"{GROUP}failures_.+", f"{GROUP}failures_{code}") for code in errors.CODES)
 
 
