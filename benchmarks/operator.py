@@ -7,6 +7,7 @@ on the average, exponentially distributed, in `asyncio.sleep`; the ideal is so m
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -91,7 +92,8 @@ class Field:
 
     def __exit__(self, *error: object) -> None:
         for pid in self._workers.values():
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # one that died must not keep the cluster up
+                os.kill(pid, signal.SIGCONT)
         self.cluster.down()
 
     def _submit(self) -> None:

@@ -1,6 +1,7 @@
-"""What a worker's threads are at, by py-spy: samples of their stacks, counted by line of blame.
+"""What a worker's threads are at: samples of their stacks by py-spy, counted by function.
 
-py-spy reads the worker from outside and takes no interpreter lock, so a worker is hardly slower for it.
+py-spy reads the worker's memory from outside while it runs on: now and then a sample is torn and dropped, and the
+worker is hardly slower.
 """
 
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-PER_S = 400
+PER_S = 200
 """Samples a second."""
 SHOWN = 40
 
@@ -29,7 +30,16 @@ def record(pid: int, seconds: float, file: Path) -> None:
 
     Raises RuntimeError with py-spy's own words, FileNotFoundError without py-spy.
     """
-    options = ["--format", "raw", "--threads", "--rate", str(PER_S), "--duration", str(max(1, round(seconds)))]
+    options = [
+        "--format",
+        "raw",
+        "--threads",
+        "--nonblocking",
+        "--rate",
+        str(PER_S),
+        "--duration",
+        str(max(1, round(seconds))),
+    ]
     command = [sampler(), "record", "--pid", str(pid), "--output", str(file), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not file.exists():

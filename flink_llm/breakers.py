@@ -173,7 +173,12 @@ class Breakers(Mapping[str, Breaker]):
     @property
     def outage_since(self) -> float | None:
         """When the first of those opened that are open; None while all are closed."""
-        return min((one.outage_since for one in self._made.values() if one.outage_since is not None), default=None)
+        earliest: float | None = None
+        for one in self._made.values():  # asked several times a record: no lists
+            since = one.outage_since
+            if since is not None and (earliest is None or since < earliest):
+                earliest = since
+        return earliest
 
     def __getitem__(self, name: str) -> Breaker:
         return self._made[name]

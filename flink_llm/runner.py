@@ -102,8 +102,9 @@ class Runner:
             raise
 
     def submit(self, call: Call, *, wait: bool = True) -> None:
-        """Takes a place, waiting for one if asked to, and starts the call. Raises what `check` does."""
-        self.check()
+        """Takes a place, waiting for one if asked to, and starts the call. Raises what the loop cannot go on from."""
+        if self._fatal is not None:
+            raise self._fatal
         self._submitted += 1
         if wait and not self.places.room:
             self.inbox.wake()  # whoever ends next may be waiting there

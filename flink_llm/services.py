@@ -93,9 +93,12 @@ class RealServices:
     @property
     def outage_since(self) -> float | None:
         """Since when the first part that is out has been out, in monotonic seconds."""
-        parts = [getattr(part, "outage_since", None) for part in (self._engine, self._features, self.breakers)]
-        out = [since for since in parts if since is not None]
-        return min(out) if out else None
+        earliest: float | None = None
+        for part in (self._engine, self._features, self.breakers):  # asked several times a record: no lists
+            since = None if part is None else getattr(part, "outage_since", None)
+            if since is not None and (earliest is None or since < earliest):
+                earliest = since
+        return earliest
 
     async def start(self) -> None:
         """Opens the feature store and loads every model asked for; waits out an outage of the host."""

@@ -71,3 +71,27 @@ def test_a_record_class_of_the_jobs_own_file_is_refused():
         ConfigError, match=r"Reply: Order is a msgspec.Struct of the job's own file.* module of its own"
     ):
         async_operator._check_records("Reply", own, None)
+
+
+class Timers:
+    """The timer service of one bundle, by the key that is set."""
+
+    def __init__(self):
+        self.set = []
+
+    def register_processing_time_timer(self, moment):
+        self.set.append(moment)
+
+
+def test_every_shard_of_a_piece_has_its_own_timers_and_its_beat():
+    """Only the last element of a piece goes on to emit: the shards of the others must not be forgotten."""
+    operator = async_operator._AsyncOperator(None, None, None, [0, 1, 2], None)
+    operator._shards = {number: SimpleNamespace(in_flight=number) for number in range(3)}
+    operator._shard_timers, operator._beats = {}, {}
+    operator._watch = SimpleNamespace(beat_ms=7)
+    timers = Timers()
+    for number in (0, 1, 2, 1):
+        operator._look_after(number, SimpleNamespace(timer_service=lambda: timers))
+    assert set(operator._shard_timers) == {1, 2}  # nothing of shard 0 is in flight
+    assert set(operator._beats) == {0, 1, 2}
+    assert sorted(timers.set) == sorted([*operator._shard_timers.values(), *operator._beats.values()])

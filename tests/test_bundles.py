@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from apache_beam.coders import coder_impl
 from apache_beam.portability.api import beam_fn_api_pb2
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyflink.common import Types
 from pyflink.fn_execution.coders import from_type_info
@@ -169,6 +169,7 @@ NAMES = st.sampled_from([b"fa", b"fb", b"a", b"s"])
 CHANGE = st.tuples(NAMES, st.none() | st.binary(max_size=5))
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(CHANGE, max_size=8), max_size=5))
 def test_flink_holds_what_a_map_of_bytes_would(bundles):
     kept, flink, _ = keyed_map()
@@ -187,6 +188,7 @@ def test_flink_holds_what_a_map_of_bytes_would(bundles):
         assert flink.entries == wanted
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.binary(max_size=5), st.none() | st.binary(max_size=5), min_size=1))
 def test_changes_are_written_as_pyflink_writes_them(changes):
     _, flink, internal = keyed_map()
@@ -204,6 +206,7 @@ def test_a_record_that_comes_and_goes_in_a_bundle_is_no_write():
     assert flink.messages == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300)))
 def test_the_last_element_of_a_piece_is_known(elements):
     stream = coder_impl.create_OutputStream()

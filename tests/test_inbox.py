@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flink_llm.inbox import Inbox
@@ -18,6 +18,7 @@ class Loop:
         self.woken.append(callback)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["start", "forget", "hold", "release", "wake", "loop", "tick"])))
 def test_all_is_worked_off_in_order(steps):
     loop, posted, done = Loop(), [], []

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from benchmarks import burst, operator, soak
+from benchmarks import burst, operator, samples, soak
 from benchmarks.operator import Turn
 
 
@@ -92,3 +92,15 @@ def test_growth_is_of_the_windows_medians_after_the_warm_up():
 )
 def test_javas_heap_is_read(told, kilobytes):
     assert soak.used_kb(told) == kilobytes
+
+
+def test_samples_are_counted_by_thread_and_function():
+    first = "thread (1): a;run (x/y/z.py:3);work (y/z.py:5) 30\nthread (1): a;run (x/y/z.py:9) 10\n"
+    text = first + "thread (2): b;run (q.py:1) 5\n"
+    found = samples.shares(text)
+    assert list(found) == ["thread (1): a", "thread (2): b"]
+    assert found["thread (1): a"] == {
+        "samples": 40,
+        "own": {"work (y/z.py)": 0.75, "run (y/z.py)": 0.25},
+        "with_calls": {"run (y/z.py)": 1.0, "work (y/z.py)": 0.75},
+    }

@@ -179,9 +179,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         elif shard.newest is not None:
             self._patience.begun(shard.newest)
         self._arrived = number, ctx
-        if number not in self._shard_timers and shard.in_flight:
-            self._slow_timer(number, ctx)
         if more:
+            self._look_after(number, ctx)
             return
         self._runner.inbox.wake()
         self._patience.wait()
@@ -234,22 +233,21 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         for shard in ready:
             yield from self._emit(shard.drain(), ctx)
 
-    def _slow_timer(self, number: int, ctx: Any) -> None:
-        """A restored job finds the shard by it."""
-        self._shard_timers[number] = _now_ms() + SHARD_TIMER_MS
-        ctx.timer_service().register_processing_time_timer(self._shard_timers[number])
+    def _look_after(self, number: int, ctx: Any) -> None:
+        """A shard's own timers: by the slow one a restored job finds it, at a beat it says that it is alive."""
+        if number not in self._shard_timers and self._shards[number].in_flight:
+            self._shard_timers[number] = _now_ms() + SHARD_TIMER_MS
+            ctx.timer_service().register_processing_time_timer(self._shard_timers[number])
+        if self._watch is not None and number not in self._beats:
+            self._beats[number] = _now_ms() + self._watch.beat_ms
+            ctx.timer_service().register_processing_time_timer(self._beats[number])
 
     def _schedule(self, number: int, ctx: Any) -> None:
         self._arrived = None
-        now = _now_ms()
         if self._timer is None and self.in_flight:
-            self._timer = now + TIMER_MS
+            self._timer = _now_ms() + TIMER_MS
             ctx.timer_service().register_processing_time_timer(self._timer)
-        if number not in self._shard_timers and self._shards[number].in_flight:
-            self._slow_timer(number, ctx)
-        if self._watch is not None and number not in self._beats:
-            self._beats[number] = now + self._watch.beat_ms
-            ctx.timer_service().register_processing_time_timer(self._beats[number])
+        self._look_after(number, ctx)
         self._counters.report()
 
     def _emit(self, outputs: Iterable[Output], ctx: Any) -> Iterator[Any]:
