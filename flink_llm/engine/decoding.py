@@ -95,6 +95,8 @@ class Decoding:
             entry.item.job.leave()
             self._leave(entry)
         plan = self._scheduler.plan(self._chunk(), CHUNK)
+        if plan.swap is not None:
+            self._decoder.swap(*plan.swap)
         for entry in plan.sharing:
             self._decoder.copy(entry.source, _slot(entry), entry.shared)
         if plan.prefill is not None and plan.beside:
