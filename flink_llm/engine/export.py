@@ -32,7 +32,7 @@ from flink_llm.errors import ExportError, FlinkLlmError, ModelFolderError
 
 __all__ = ["LARGEST_DIFFERENCE", "Order", "Precision", "Task", "export_decoder", "export_model"]
 
-COARSE = 0.02
+COARSE = 0.05
 """A gain of perplexity beyond which int4 is tried in shorter blocks."""
 Precision = Literal["auto", "fp32", "fp16", "int8", "int4"]
 
