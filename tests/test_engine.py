@@ -228,6 +228,26 @@ def test_what_a_row_between_others_holds_is_as_it_was(folder):
     np.testing.assert_allclose(decoder.step([1], [12])[1], decoder.step([2], [12])[2], atol=1e-4)
 
 
+def test_slots_that_change_places_go_on_as_they_were(folder):
+    decoder = Decoder(open_model_folder(folder), device="cpu", threads=1, slots=4)
+    prompts = {0: [5, 6, 7, 8], 2: [9, 10, 11], 3: [12, 13, 14, 15, 16]}
+
+    def read():
+        for slot, prompt in prompts.items():
+            decoder.prefill(slot, prompt, 0)
+
+    read()
+    wanted = decoder.step([0, 2, 3], [20, 21, 22]).copy()
+    read()
+    decoder.step([0, 3], [20, 22])  # what slot 2 holds is parked
+    read_on = decoder.step([0, 3], [1, 1]).copy()
+    read()
+    decoder.step([0, 3], [20, 22])
+    decoder.swap(3, 2, 6)
+    np.testing.assert_allclose(decoder.step([0, 2], [1, 1])[[0, 2]], read_on[[0, 3]], atol=1e-4)
+    np.testing.assert_allclose(decoder.step([0, 2, 3], [1, 1, 21])[3], wanted[2], atol=1e-4)
+
+
 def test_a_prompts_logits_are_made_for_its_last_token_alone(folder, monkeypatch):
     decoder = Decoder(open_model_folder(folder), device="cpu", threads=1, slots=1)
     prompt = [5, 6, 7, 8]

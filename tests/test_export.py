@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 pytest.importorskip("torch")
@@ -18,7 +19,7 @@ from click.testing import CliRunner
 
 from benchmarks import small_models
 from flink_llm.cli import main
-from flink_llm.engine import parity
+from flink_llm.engine import export, parity
 from flink_llm.engine.encoder import Encoder
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import Order, export_model
@@ -233,6 +234,20 @@ def test_real_sentence_embeddings(precision: str, bar: float, tmp_path: Path) ->
     found = np.stack(Encoder(opened, device="cpu", threads=0).run(tokens))
     wanted = transformers.SentenceTransformer(str(minilm.get_model_path()), device="cpu").encode(list(parity.TEXTS))
     assert (found * wanted).sum(axis=1).min() >= bar
+
+
+def test_four_bits_come_in_long_blocks_where_those_are_near_enough(tmp_path: Path, monkeypatch) -> None:
+    config = small_models.DECODERS["Llama"] | {"hidden_size": 128}
+    wide = small_models.decoder(tmp_path / "wide", "Llama", config)
+    blocks = {}
+    for name, coarse in [("near", 1.0), ("far", -1.0)]:
+        monkeypatch.setattr(export, "COARSE", coarse)
+        made = export_model(wide, tmp_path / name, Order("tiny", "int4"))
+        graph = onnx.load(tmp_path / name / "model.onnx", load_external_data=False).graph
+        product = next(node for node in graph.node if node.op_type == "MatMulNBits")
+        blocks[name] = (made.parity["block"], onnx.helper.get_node_attr_value(product, "block_size"))
+
+    assert blocks == {"near": (128, 128), "far": (32, 32)}
 
 
 def test_below_the_bar_nothing_is_left(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -391,15 +391,15 @@ def test_one_prompt_does_not_hold_many_replies():
 def test_no_reply_stands_still_for_long_in_all(steps):
     clock = Clock()
     scheduler: Scheduler[int] = Scheduler(slots=4, limit=1000, clock=clock)
-    still: dict[int, float] = {}
+    still: dict[Entry[int], float] = {}
     for arrivals, length, seconds in steps:
         for _ in range(arrivals):
             scheduler.add(len(still), prompt(length), priority=5, now=clock.now)
         plan = scheduler.plan(8, 64)
         waits = [entry for entry in scheduler._running if not entry.left and entry not in plan.decode]
         for entry in waits:
-            assert still.get(id(entry), 0.0) < HOLD_S + 1e-6, "it has stood still for long enough"
-            still[id(entry)] = still.get(id(entry), 0.0) + seconds
+            assert still.get(entry, 0.0) < HOLD_S + 1e-6, "it has stood still for long enough"
+            still[entry] = still.get(entry, 0.0) + seconds
         assert not (waits and plan.decode), "some go on while others are held"
         assert not waits or plan.prefill, "nobody is held for nothing"
         if plan.prefill:
@@ -464,3 +464,18 @@ def test_a_burst_of_prompts_of_about_one_length_is_read_in_one_run():
     for number in range(2):
         apart.add(number, [1000 * number + i for i in range(20)], priority=5, now=0.0)
     assert apart.plan(10, 200).beside == []
+
+
+def test_a_gap_is_closed_unless_somebody_waits_for_it():
+    scheduler: Scheduler[str] = Scheduler(slots=3, limit=10)
+    entries = [scheduler.add(name, [number] * 20, priority=0, now=0.0) for number, name in enumerate("abc")]
+    for _ in entries:
+        read, _, count = scheduler.plan(20).prefill
+        scheduler.advance(read, count)
+    assert [entry.slot for entry in entries] == [0, 1, 2]
+    scheduler.remove(entries[1])
+    waiting = scheduler.add("d", [3] * 4, priority=0, now=1.0)
+    assert (scheduler.plan(20).swap, waiting.slot) == (None, 1)
+    scheduler.remove(waiting)
+    assert (scheduler.plan(20).swap, entries[2].slot) == ((2, 1, 20), 1)
+    assert scheduler.plan(20).swap is None

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from flink_llm.engine.slots import SHARED_LEAST, Placement, Slots
 
 COUNT = 5
+MOST = 50
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=60)
 
 
@@ -40,6 +41,16 @@ def test_whatever_comes_no_slot_is_shared_and_every_beginning_is_right(copies, s
         slots.add(place.slot, prompt[place.shared :])
         assert list(slots.held(place.slot)) == prompt
         assert slots.free == COUNT - len(busy)
+        gap = slots.gap(MOST)
+        assert copies or gap is None
+        if gap is not None:
+            last, free = gap
+            assert last == max(busy) and min(busy) < free < last and free not in busy
+            assert max(len(slots.held(last)), len(slots.held(free))) <= MOST
+            slots.swap(last, free)
+            cache[last], cache[free] = cache[free], cache[last]
+            keys[last], keys[free] = keys.get(free, ""), keys[last]
+            busy ^= {last, free}
 
 
 def session(*turns):

@@ -58,6 +58,14 @@ class KvCache:
             for array in self._arrays:
                 array[target, :, :count] = array[source, :, :count]
 
+    def swap(self, one: int, other: int, count: int) -> None:
+        """Exchanges the first `count` positions of two rows."""
+        self.use([one, other])
+        for array in self._arrays:
+            kept = array[one, :, :count].copy()
+            array[one, :, :count] = array[other, :, :count]
+            array[other, :, :count] = kept
+
     def park(self, rows: Iterable[int]) -> None:
         """These rows are about to be bound to a run that they have no part in."""
         for row in rows:

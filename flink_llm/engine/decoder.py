@@ -192,6 +192,13 @@ class Decoder:
         self._cache.copy(source, slot, count)
         self._lengths[slot] = count
 
+    def swap(self, one: int, other: int, count: int) -> None:
+        """Makes what a slot holds, at most `count` tokens, that of another, and the other way round."""
+        self._cache.swap(one, other, count)
+        pair, turned = [one, other], [other, one]
+        self._lengths[pair] = self._lengths[turned]
+        self._adapted[pair] = self._adapted[turned]
+
     def warm_up(self) -> None:
         """Runs what a request would, the largest token and the last place of the context among it.
 

@@ -96,6 +96,8 @@ class Decoding:
             entry.item.job.leave()
             self._leave(entry)
         plan = self._scheduler.plan(self._chunk(), CHUNK, Tempo(self._prompt_token_s or 0.0, self._step_s or 0.0))
+        if plan.swap is not None:
+            self._decoder.swap(*plan.swap)
         for entry in plan.sharing:
             self._decoder.copy(entry.source, _slot(entry), entry.shared)
         if plan.prefill is not None:

@@ -27,11 +27,13 @@ from flink_llm.engine.parity import (
     measure_encoder,
     refer,
 )
-from flink_llm.engine.quantize import EightBits
+from flink_llm.engine.quantize import EightBits, Form
 from flink_llm.errors import ExportError, FlinkLlmError, ModelFolderError
 
 __all__ = ["LARGEST_DIFFERENCE", "Order", "Precision", "Task", "export_decoder", "export_model"]
 
+COARSE = 0.05
+"""A gain of perplexity beyond which int4 is tried in shorter blocks."""
 Precision = Literal["auto", "fp32", "fp16", "int8", "int4"]
 
 
@@ -117,7 +119,6 @@ class _Exporter:
     unit = "texts"
     candidates: tuple[str, ...] = ("int8", "fp32")
     """What `auto` tries. Not fp16: the CPU computes it in fp32 anyway, with casts."""
-    forms: tuple[EightBits, ...] = (EightBits(), EightBits("unsigned"))
 
     def __init__(self, source: Source, order: Order, scratch: Path) -> None:
         self._source = source
@@ -126,27 +127,29 @@ class _Exporter:
         self._texts = list(order.texts[:MOST]) or list(TEXTS)
 
     def make(self, precision: str) -> _Made:
-        """A measured folder; for int8, of the first form that is near enough, else of the last.
+        """A measured folder, of the precision's first form that is near enough, else of the last.
 
         Raises ExportError for what cannot be built or opened.
         """
-        made = self._make(precision, self.forms[0])
-        for form in self.forms[1:] if precision == "int8" else ():
-            if made.faults:
+        first, *others = self._forms(precision)
+        made = self._make(precision, first)
+        for form in others:
+            if made.faults or _is_coarse(made):
                 made = self._make(precision, form)
         return made
 
-    def _make(self, precision: str, form: EightBits) -> _Made:
+    def _forms(self, precision: str) -> Sequence[Form]:
+        return (EightBits(), EightBits("unsigned")) if precision == "int8" else (None,)
+
+    def _make(self, precision: str, form: Form) -> _Made:
         raise NotImplementedError
 
-    def _folder(self, precision: str, form: EightBits) -> Path:
-        folder = self._scratch / f"{precision}-{form.weights}-{form.head}"
+    def _folder(self, precision: str) -> Path:
+        folder = self._scratch / f"{precision}-{sum(1 for _ in self._scratch.iterdir())}"
         folder.mkdir()
         return folder
 
-    def _finish(
-        self, folder: Path, fields: dict[str, Any], form: EightBits, measure: Callable[[ModelFolder], Any]
-    ) -> _Made:
+    def _finish(self, folder: Path, fields: dict[str, Any], form: Form, measure: Callable[[ModelFolder], Any]) -> _Made:
         """Opens what was built as users will, measures it, and writes down how it came out."""
         fields |= {
             "name": self._order.name,
@@ -157,8 +160,7 @@ class _Exporter:
         write_manifest(folder, **fields)
         try:
             parity = measure(open_model_folder(folder))
-            if fields["precision"] == "int8":
-                parity |= form.said()
+            parity |= form.said() if form else {}
             return _Made(folder, write_manifest(folder, **fields, parity=parity), _faults(fields["precision"], parity))
         except ModelFolderError as error:
             raise ExportError(str(error)) from error
@@ -167,6 +169,13 @@ class _Exporter:
         except Exception as error:  # ONNX Runtime's errors share no base class, and torch's come from anywhere
             reason = str(error).strip().partition("\n")[0]
             raise ExportError(f"{self._source.name} was built, and cannot be run: {reason}") from error
+
+
+def _is_coarse(made: _Made) -> bool:
+    """Whether four bits in long blocks lose what those in short ones might not."""
+    parity = made.manifest.parity
+    every = [parity, *parity.get("adapters", {}).values()]
+    return "block" in parity and max(each.get("perplexity_change", 0.0) for each in every) > COARSE
 
 
 def _faults(precision: str, parity: Mapping[str, Any]) -> list[str]:
@@ -182,15 +191,20 @@ def _faults(precision: str, parity: Mapping[str, Any]) -> list[str]:
 class _DecoderExporter(_Exporter):
     unit = "tokens"
     candidates = ("int8", "int4", "fp32")
-    forms = (EightBits(), EightBits("unsigned"), EightBits("unsigned", head=False))
 
     def __init__(self, source: Source, order: Order, scratch: Path) -> None:
         super().__init__(source, order, scratch)
         self._adapters = [read_peft(name, folder) for name, folder in order.adapters.items()]
         self._references: dict[str, Reference] = {}
 
-    def _make(self, precision: str, form: EightBits) -> _Made:
-        folder = self._folder(precision, form)
+    def _forms(self, precision: str) -> Sequence[Form]:
+        if precision == "int4":
+            return decoders.int4_forms(self._source)
+        last = (EightBits("unsigned", head=False),) if precision == "int8" else ()
+        return (*super()._forms(precision), *last)
+
+    def _make(self, precision: str, form: Form) -> _Made:
+        folder = self._folder(precision)
         fields = decoders.build_decoder(self._source, folder, self._scratch, precision, form, self._adapters)
         fields |= {"kind": "decoder", "precision": precision}
 
@@ -230,8 +244,8 @@ class _EncoderExporter(_Exporter):
         self._task = encoders.task_of(source, order.task)
         self._original: Any = None
 
-    def _make(self, precision: str, form: EightBits) -> _Made:
-        folder = self._folder(precision, form)
+    def _make(self, precision: str, form: Form) -> _Made:
+        folder = self._folder(precision)
         fields = encoders.build_encoder(self._source, folder, self._scratch, precision, self._task, form)
         fields |= {"kind": self._task, "precision": precision}
 

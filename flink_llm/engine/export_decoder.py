@@ -15,7 +15,7 @@ from flink_llm.engine.export_logits import slice_logits
 from flink_llm.engine.export_peft import PeftAdapter
 from flink_llm.engine.export_source import NEEDS, Source
 from flink_llm.engine.model import adapter_file
-from flink_llm.engine.quantize import EightBits, quantize_rows
+from flink_llm.engine.quantize import EightBits, Form, FourBits, quantize_rows
 from flink_llm.errors import ExportError
 
 SERVED = (
@@ -29,8 +29,15 @@ SERVED = (
     "GraniteForCausalLM",
 )
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+_BLOCKS = (128, 32)
+"""Of int4, the faster first: a product reads its weights and their scales, and unpacks each block by itself."""
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _building = threading.Lock()
+
+
+def int4_forms(source: Source) -> list[FourBits]:
+    """To be tried in turn; a block is no longer than the rows of the smallest product."""
+    return [FourBits(block) for block in _BLOCKS if block <= max(_BLOCKS[-1], int(source.config["hidden_size"]))]
 
 
 def build_decoder(
@@ -38,21 +45,22 @@ def build_decoder(
     made: Path,
     scratch: Path,
     precision: str,
-    form: EightBits,
+    form: Form,
     adapters: Sequence[PeftAdapter] = (),
 ) -> dict[str, Any]:
     """Fills the folder `made` with graph, adapters, tokenizer and chat template; the fields of its manifest.
 
-    `scratch` keeps what other precisions may use again, `form` is that of int8. Raises ExportError for what
-    cannot be built.
+    `scratch` keeps what other precisions may use again, `form` is that of int8 or int4. Raises ExportError for
+    what cannot be built.
     """
     base = "fp32" if precision == "int8" else precision
-    built = scratch / f"built-{base}"
+    block = form.block if isinstance(form, FourBits) else None
+    built = scratch / f"built-{base}{block or ''}"
     if not built.exists():
-        _build(source, built, base)
+        _build(source, built, base, block)
         if adapters:
             add_adapters(built / "model.onnx", adapters, source.config)
-    if precision == "int8":
+    if isinstance(form, EightBits):
         quantize_rows(built / "model.onnx", made, form)
     else:
         for name in ("model.onnx", "model.onnx.data"):
@@ -76,14 +84,14 @@ def build_decoder(
     }
 
 
-def _build(source: Source, to: Path, precision: str) -> None:
+def _build(source: Source, to: Path, precision: str, block: int | None) -> None:
     try:
         from onnxruntime_genai.models import builder
     except ImportError as error:
         raise ExportError(NEEDS) from error
     # A window's cache is as long as everyone's: the engine's slots are of one length. And a norm of queries
     # and keys stays outside of the attention: ONNX Runtime's own for the CPU has none.
-    options = ["windowed_kv_cache=false", "fuse_qk_norm_gqa=false"]
+    options = ["windowed_kv_cache=false", "fuse_qk_norm_gqa=false", *([f"block_size={block}"] if block else [])]
     device = "cuda" if precision == "fp16" else "cpu"
     where = (str(source.folder), str(to), precision, device, str(to.parent / "cache"))
     with _building, _hushed():

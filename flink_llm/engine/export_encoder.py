@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flink_llm.engine.export_source import NEEDS, Source
-from flink_llm.engine.quantize import EightBits, quantize_rows
+from flink_llm.engine.quantize import EightBits, Form, quantize_rows
 from flink_llm.errors import ExportError
 
 Task = Literal["embedding", "classifier", "token_classifier", "reranker"]
@@ -50,9 +50,7 @@ def task_of(source: Source, asked: Task | None) -> Task:
     return task
 
 
-def build_encoder(
-    source: Source, made: Path, scratch: Path, precision: str, task: Task, form: EightBits
-) -> dict[str, Any]:
+def build_encoder(source: Source, made: Path, scratch: Path, precision: str, task: Task, form: Form) -> dict[str, Any]:
     """Fills the folder `made` with graph and tokenizer; the fields of its manifest.
 
     `scratch` keeps what other precisions may use again, `form` is that of int8. Raises ExportError for what
@@ -63,7 +61,7 @@ def build_encoder(
     if not built.exists():
         built.mkdir()
         _export(source, built, task, half=base == "fp16")
-    if precision == "int8":
+    if isinstance(form, EightBits):
         quantize_rows(built / "model.onnx", made, form)
     else:
         shutil.copytree(built, made, dirs_exist_ok=True)

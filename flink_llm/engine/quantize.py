@@ -41,6 +41,21 @@ class EightBits:
         return {"weights": self.weights, **({} if self.head else {"logits_product": "fp32"})}
 
 
+@dataclass(frozen=True)
+class FourBits:
+    """A form of four-bit weights: `block` of them along a product's input share a scale."""
+
+    block: int
+
+    def said(self) -> dict[str, int]:
+        """For a manifest."""
+        return {"block": self.block}
+
+
+Form = EightBits | FourBits | None
+"""Of a precision that has several; None for one that has not."""
+
+
 def quantize_rows(source: Path, to: Path, form: EightBits) -> int:
     """Writes the W8A8 form of the fp32 graph `source` into the folder `to`; how many products it has.
 

@@ -30,6 +30,8 @@ FORESEEN = 64
 """Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
 
 
+SWAP_MOST = 512
+"""Tokens up to which what slots hold is moved: others wait meanwhile."""
 SPREAD = 16
 """Tokens by which prompts of one run may differ in length: reading so many takes about what a run does by itself."""
 
@@ -82,11 +84,13 @@ class Tempo:
 
 @dataclass(eq=False)
 class Plan(Generic[T]):
-    """One step: who shares a beginning, in this order; then one run over prompts, and everybody who decodes.
+    """One step: two slots that change places, and how many tokens at the most they hold; who shares a beginning,
+    in this order; then one run over prompts, and everybody who decodes.
 
     The run reads a chunk of one prompt, or the whole prompts of it and of those `beside` it, in neighbouring slots.
     """
 
+    swap: tuple[int, int, int] | None = None
     sharing: list[Entry[T]] = field(default_factory=list)
     prefill: tuple[Entry[T], int, int] | None = None
     beside: list[Entry[T]] = field(default_factory=list)
@@ -192,7 +196,8 @@ class Scheduler(Generic[T]):
         `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that it prefilled, and
         `decoded` of each token.
         """
-        plan = Plan(sharing=self._admit())
+        plan = Plan(swap=self._close_up())
+        plan.sharing = self._admit()
         decoding = self._decoding = [entry for entry in self._running if not entry.left]
         filling = [entry for entry in self._running if entry.left]
         spare = min((entry.may_wait(tempo.step_s) for entry in decoding), default=0.0)
@@ -213,6 +218,21 @@ class Scheduler(Generic[T]):
         plan.beside = []
         if self._together and not first.filled and first.left < most:
             plan.beside = _beside(first, filling, most)
+
+    def _close_up(self) -> tuple[int, int, int] | None:
+        """Moves the last slot's request into a gap: a step runs over all rows from the first to the last.
+
+        It is at most once for each request that ends, and takes a small part of what reading its prompt did. What
+        the gap holds may be another's beginning: it changes places. Whoever waits fills a gap better.
+        """
+        found = self._slots.gap(SWAP_MOST) if not self._queue else None
+        if found is None:
+            return None
+        last, free = found
+        moved = next(entry for entry in self._running if entry.slot == last)
+        self._slots.swap(last, free)
+        moved.slot = free
+        return last, free, max(len(self._slots.held(last)), len(self._slots.held(free)))
 
     def _hold(self, decoding: list[Entry[T]], filling: int) -> bool:
         """Whether those who decode stand still for prompts of a burst.

@@ -75,6 +75,22 @@ class Slots:
         self._busy.add(slot)
         return Placement(slot, shared, source if shared else slot)
 
+    def gap(self, most: int) -> tuple[int, int] | None:
+        """The last busy slot and a free one among the busy ones; None where one of them holds more than `most`."""
+        if not self._copies or not self._busy:
+            return None
+        first, last = min(self._busy), max(self._busy)
+        free = [number for number in range(first, last) if number not in self._busy]
+        if not free:
+            return None
+        least = min(free, key=lambda number: len(self._slots[number].held))
+        return (last, least) if max(len(self._slots[last].held), len(self._slots[least].held)) <= most else None
+
+    def swap(self, one: int, other: int) -> None:
+        """What is said of one slot holds of the other from now on."""
+        self._slots[one], self._slots[other] = self._slots[other], self._slots[one]
+        self._busy = {number for number, slot in enumerate(self._slots) if slot.busy}
+
     def add(self, slot: int, tokens: Sequence[int]) -> None:
         """These tokens were read into the slot."""
         self._slots[slot].held += tokens
