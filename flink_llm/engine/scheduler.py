@@ -164,7 +164,7 @@ class Scheduler(Generic[T]):
 
         The caller runs it, then says `advance` of all that it prefilled, and of each token decoded.
         """
-        plan = Plan(swap=self._close_up())
+        plan: Plan[T] = Plan(swap=self._close_up())
         plan.sharing = self._admit()
         decoding = [entry for entry in self._running if not entry.left]
         filling = [entry for entry in self._running if entry.left]
