@@ -196,7 +196,7 @@ class Scheduler(Generic[T]):
         `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that it prefilled, and
         `decoded` of each token.
         """
-        plan = Plan(swap=self._close_up())
+        plan: Plan[T] = Plan(swap=self._close_up())
         plan.sharing = self._admit()
         decoding = self._decoding = [entry for entry in self._running if not entry.left]
         filling = [entry for entry in self._running if entry.left]
