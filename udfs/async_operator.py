@@ -10,13 +10,14 @@ and `flink_llm.shard`.
 import gc
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, overload
 
 from msgspec import Struct
 from pyflink.common import Row, Types
 from pyflink.datastream import DataStream, OutputTag, RuntimeExecutionMode, TimeDomain
 from pyflink.datastream.functions import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapStateDescriptor
+from pyflink.table import Table
 
 from flink_llm import codec, environment
 from flink_llm.arrivals import KeySpec
@@ -29,8 +30,9 @@ from flink_llm.services import ServiceSettings, open_services
 from flink_llm.shard import Output, Shard
 from flink_llm.transactions import PARAMETER, AliveWatch
 from flink_llm.udfs.bundles import KeyedState, lean_bundles
-from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
+from flink_llm.udfs.event_time import BYTES, emitted_type, low_mark, table_with_event_time, with_event_time
 from flink_llm.udfs.keying import Reader, keyed, shard_keys
+from flink_llm.udfs.tables import Shape, TableOutputs, Wanted, records_of, shapes
 
 TIMER_MS = 5
 SHARD_TIMER_MS = 1000
@@ -41,9 +43,7 @@ WAIT_AGAIN_AFTER = 1000
 END_OF_TIME = 2**63 - 1
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
-PARTIALS = OutputTag("partials", EMITTED)
-FAILURES = OutputTag("failures", EMITTED)
-_TAGS = {"partial": PARTIALS, "failure": FAILURES}
+_TAGS = {"partial": OutputTag("partials", emitted_type()), "failure": OutputTag("failures", emitted_type())}
 
 
 class Outputs(Struct, frozen=True):
@@ -60,16 +60,29 @@ class Outputs(Struct, frozen=True):
     failures: DataStream
 
 
+@overload
 def apply(
-    stream: DataStream,
+    stream: DataStream, udf: AsyncUdf, *, key: KeySpec, uid: str, settings: OperatorSettings | None = None,
+    services: ServiceSettings | Callable[[], Any] | None = None,
+) -> Outputs: ...  # fmt: skip
+@overload
+def apply(
+    stream: Table, udf: AsyncUdf, *, key: KeySpec, uid: str, settings: OperatorSettings | None = None,
+    services: ServiceSettings | Callable[[], Any] | None = None, result: Wanted | None = None,
+    partial: Wanted | None = None,
+) -> TableOutputs: ...  # fmt: skip
+def apply(
+    stream: DataStream | Table,
     udf: AsyncUdf,
     *,
     key: KeySpec,
     uid: str,
     settings: OperatorSettings | None = None,
     services: ServiceSettings | Callable[[], Any] | None = None,
-) -> Outputs:
-    """Runs `udf` on every record of `stream`.
+    result: Wanted | None = None,
+    partial: Wanted | None = None,
+) -> Outputs | TableOutputs:
+    """Runs `udf` on every record of a stream, or on every row of a table that is only appended to.
 
     `stream` is one from `flink_llm.kafka`, or any other: its elements are then decoded to what `call`
     takes, and outcomes have no place to be read again from. `key` is the name of a field or a function
@@ -77,25 +90,42 @@ def apply(
     savepoints and must stay the same. `services` are the models and features that `ctx` offers, or a
     function that makes them.
 
-    Raises ConfigError when the handler, the settings or the environment do not fit.
+    A table's row is a request of its columns, and outcomes are tables again: results have the columns of
+    `result`, a class or a JSON Schema, by default of the class that `call` returns, partials those of
+    `partial`. What is not declared has one column `value`, its JSON.
+
+    Raises ConfigError when the handler, the settings, the table or the environment do not fit.
     """
     settings = settings or OperatorSettings()
     settings = _replace(settings, operator=uid)
+    name = type(udf).__name__
     takes, returns = signature_of(udf)
-    _check_records(type(udf).__name__, takes, returns)
+    _check_records(name, takes, returns)
+    tables, shape = None, None
+    if isinstance(stream, Table):
+        tables, shape = stream._t_env, shapes(name, returns, result, partial)
+        stream = records_of(stream, key, uid)
+    elif result is not None or partial is not None:
+        raise ConfigError(f"{name}: result and partial are for a Table; a DataStream's outcomes are bytes")
     env = stream.get_execution_environment()
     _check_environment(env, settings)
     keys = shard_keys(settings.shards, settings.max_parallelism)
     by_shard, read = keyed(stream, key, takes, keys, uid)
-    operator = _AsyncOperator(udf, settings, services, keys, read, of_savepoint=environment.starts_from_savepoint(env))
-    emitted = by_shard.process(operator, EMITTED).name(uid).uid(uid)
+    of_savepoint = environment.starts_from_savepoint(env)
+    operator = _AsyncOperator(udf, settings, services, keys, read, shape, of_savepoint=of_savepoint)
+    values = {kind: shape[kind].column() if shape else BYTES for kind in ("result", *_TAGS)}
+    emitted = by_shard.process(operator, emitted_type(values["result"])).name(uid).uid(uid)
     emitted._j_data_stream.getTransformation().setMaxParallelism(settings.max_parallelism)
-    tables = environment.tables(env)
-    return Outputs(
-        with_event_time(tables, emitted._j_data_stream, f"{uid}-results"),
-        with_event_time(tables, _side(emitted, PARTIALS), f"{uid}-partials"),
-        with_event_time(tables, _side(emitted, FAILURES), f"{uid}-failures"),
-    )
+    sides = {kind: _side(emitted, OutputTag(tag.tag_id, emitted_type(values[kind]))) for kind, tag in _TAGS.items()}
+    outs = {"result": emitted._j_data_stream, **sides}
+    if tables is None or shape is None:
+        tables = environment.tables(env)
+        return Outputs(**{f"{kind}s": with_event_time(tables, out, f"{uid}-{kind}s") for kind, out in outs.items()})
+    found = {}
+    for kind, out in outs.items():
+        rows = table_with_event_time(tables, out, f"{uid}-{kind}s", values[kind])
+        found[f"{kind}s"] = tables.sql_query(shape[kind].select(str(rows)))
+    return TableOutputs(**found)
 
 
 class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
@@ -103,7 +133,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
 
     def __init__(
         self, udf: AsyncUdf, settings: OperatorSettings, services: Any, keys: list[int], read: Reader,
-        *, of_savepoint: bool = False,
+        shape: dict[str, Shape] | None = None, *, of_savepoint: bool = False,
     ) -> None:  # fmt: skip
         self._submitted_ms = _now_ms()
         self._of_savepoint = of_savepoint
@@ -112,6 +142,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._services = services
         self._keys = keys
         self._read = read
+        self._shape = shape
 
     def open(self, runtime_context: RuntimeContext) -> None:
         lean_bundles()
@@ -215,7 +246,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         for out in outputs:
             stamp = out.timestamp if out.timestamp is not None else _now_ms()
             low = low_mark(ctx.timer_service().current_watermark(), self._runner.event_times.oldest())
-            row = Row(out.key, out.value, out.headers, out.topic, low)
+            value = out.value if self._shape is None else self._shape[out.kind].convert(out.value)
+            row = Row(out.key, value, out.headers, out.topic, low)
             tag = _TAGS.get(out.kind)
             yield (row, stamp) if tag is None else (tag, (row, stamp))
 
