@@ -5,6 +5,9 @@ every value is one version byte and a msgpack body holding JSON types, bytes and
 only, so that a savepoint outlives the classes of the release that wrote it.
 """
 
+import copyreg
+import dataclasses
+import typing
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -21,6 +24,8 @@ Upgrade = Callable[[dict[str, Any], int], dict[str, Any]]
 STATE_VERSION = 1
 _VERSION = bytes([STATE_VERSION])
 _RECORD_EXT = 1
+# Else the fields of a dataclass that goes to the workers by value are none there: what marks them is another object.
+copyreg.pickle(type(dataclasses._FIELD), lambda mark: (getattr, (dataclasses, mark.name)))  # type: ignore[attr-defined]
 _to_json = msgspec.json.Encoder(decimal_format="string")
 
 
@@ -216,3 +221,17 @@ def unpack(data: bytes) -> Any:
 
 
 register("chat.message", Message)
+
+
+def forget(*used: Any) -> None:
+    """Drops what msgspec keeps at the dataclasses among these types, and at those they hold.
+
+    It cannot be pickled, and so neither could a class that goes to the workers by value.
+    """
+    waiting = list(used)
+    while waiting:
+        found = waiting.pop()
+        waiting += typing.get_args(found)
+        if isinstance(found, type) and "__msgspec_cache__" in vars(found):
+            del found.__msgspec_cache__  # type: ignore[attr-defined]
+            waiting += typing.get_type_hints(found).values()

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import msgspec
 
+from flink_llm import codec
 from flink_llm.errors import ConfigError, RecordError
 
 if typing.TYPE_CHECKING:
@@ -192,6 +193,7 @@ def signature_of(udf: AsyncUdf) -> tuple[Any, type | None]:
         msgspec.json.Decoder(takes)
     except TypeError as error:
         raise ConfigError(f"{name}.call takes {takes}, which no record can be decoded to: {error}") from error
+    codec.forget(takes)
     return takes, returns if isinstance(returns, type) and returns is not Any else None  # Any is a class since 3.11
 
 

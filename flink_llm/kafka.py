@@ -13,6 +13,7 @@ from typing import Literal
 from pyflink.common import Types, WatermarkStrategy
 from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StreamTableEnvironment
+from pyflink.table.types import DataType
 
 from flink_llm import environment
 from flink_llm.errors import ConfigError
@@ -159,10 +160,13 @@ def sink(
         statements.attach_as_datastream()
 
 
-def record_columns() -> Schema.Builder:
-    """A table's columns for the fields of `OUTBOUND`, with which `INBOUND` begins too; more may follow."""
+def record_columns(value: DataType | None = None) -> Schema.Builder:
+    """A table's columns for the fields of `OUTBOUND`, with which `INBOUND` begins too; more may follow.
+
+    `value` is another type of the value than bytes.
+    """
     headers = DataTypes.MAP(DataTypes.STRING(), DataTypes.BYTES())
-    types = [DataTypes.BYTES(), DataTypes.BYTES(), headers, DataTypes.STRING()]
+    types = [DataTypes.BYTES(), value or DataTypes.BYTES(), headers, DataTypes.STRING()]
     return Schema.new_builder().from_fields(OUTBOUND.get_field_names(), types)
 
 
@@ -210,13 +214,15 @@ def table_uids(tables: StreamTableEnvironment, uid: str) -> Iterator[None]:
     would change them and lose a savepoint's state.
     """
     config = tables.get_config()
+    # What is translated brings its table environment's settings to the stream environment, whose they then are for
+    # every other table environment over it.
+    places = [config._j_table_config.getConfiguration(), config._j_table_config.getRootConfiguration()]
     wanted = {"table.exec.uid.generation": "ALWAYS", "table.exec.uid.format": f"{uid}_<type>_<transformation>"}
-    defaults = {"table.exec.uid.generation": "PLAN_ONLY", "table.exec.uid.format": "<id>_<transformation>"}
-    before = {name: config.get(name, default) for name, default in defaults.items()}
+    before = [(place, name, place.getString(name, None)) for place in places for name in wanted]
     for name, value in wanted.items():
         config.set(name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            config.set(name, value)
+        for place, name, earlier in before:
+            place.removeKey(name) if earlier is None else place.setString(name, earlier)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from flink_llm.errors import ConfigError
-from flink_llm.udfs import async_operator
+from flink_llm.udfs import async_operator, patience
 from flink_llm.udfs.event_time import low_mark
 
 
@@ -32,33 +32,33 @@ class Ends:
         assert there() is (self.seconds <= timeout)
 
 
-def run_piece(runner, patience, calls=1):
+def run_piece(runner, waiting, calls=1):
     runner.calls = [SimpleNamespace(ended=False) for _ in range(calls)]
     for call in runner.calls:
-        patience.begun(call)
-    patience.wait()
+        waiting.begun(call)
+    waiting.wait()
 
 
 def test_calls_that_end_in_a_moment_are_waited_for_together():
     runner = Ends(0.0)
-    patience = async_operator._Patience(runner)
+    waiting = patience.Patience(runner)
     for _ in range(100):
-        run_piece(runner, patience, calls=125)
+        run_piece(runner, waiting, calls=125)
         assert all(call.ended for call in runner.calls)
-    assert runner.waits == [async_operator.MOMENT_S] * 100
+    assert runner.waits == [patience.MOMENT_S] * 100
 
 
 def test_calls_that_take_longer_are_soon_not_waited_for():
     runner = Ends(1.0)
-    patience = async_operator._Patience(runner)
+    waiting = patience.Patience(runner)
     for _ in range(2000):
-        run_piece(runner, patience)
+        run_piece(runner, waiting)
     assert 0 < len(runner.waits) < 30
 
 
 def test_a_piece_without_calls_is_not_waited_for():
     runner = Ends(0.0)
-    async_operator._Patience(runner).wait()
+    patience.Patience(runner).wait()
     assert runner.waits == []
 
 

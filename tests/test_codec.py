@@ -1,3 +1,7 @@
+import dataclasses
+import pickle
+
+import cloudpickle
 import msgspec
 import pytest
 from hypothesis import given
@@ -5,6 +9,7 @@ from hypothesis import strategies as st
 
 from flink_llm import codec
 from flink_llm.errors import RecordError, StateError
+from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.records import ChatRequest, Message
 
 JSON = st.recursive(
@@ -121,3 +126,21 @@ def test_plain_values_have_the_same_bytes(values):
             codec.pack_plain(values)
     else:
         assert codec.pack_plain(values) == packed
+
+
+def test_a_dataclass_of_the_jobs_own_file_can_go_to_the_workers():
+    @dataclasses.dataclass
+    class Inner:
+        number: int
+
+    @dataclasses.dataclass
+    class Outer:
+        inner: list[Inner] | None
+
+    class Handler(AsyncUdf):
+        async def call(self, request: Outer, ctx) -> Outer:
+            return request
+
+    signature_of(Handler())
+    copy = pickle.loads(cloudpickle.dumps(Outer))
+    assert msgspec.convert({"inner": [{"number": 1}]}, copy).inner[0].number == 1

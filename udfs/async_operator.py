@@ -10,18 +10,18 @@ and `flink_llm.shard`.
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import Any
+from typing import Any, overload
 
 from msgspec import Struct
 from pyflink.common import Row, Types
 from pyflink.datastream import DataStream, OutputTag, RuntimeExecutionMode, TimeDomain
 from pyflink.datastream.functions import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapStateDescriptor
+from pyflink.table import Table
 
 from flink_llm import codec, environment
 from flink_llm.arrivals import KeySpec
-from flink_llm.call import Call, OperatorSettings
+from flink_llm.call import OperatorSettings
 from flink_llm.errors import ConfigError, StateError
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.kept import IN_FLIGHT, Kept
@@ -33,23 +33,20 @@ from flink_llm.shard import Output, Shard
 from flink_llm.telemetry import Telemetry, open_telemetry
 from flink_llm.transactions import PARAMETER, AliveWatch
 from flink_llm.udfs.bundles import KeyedState, lean_bundles, more_to_come
-from flink_llm.udfs.event_time import EMITTED, low_mark, with_event_time
+from flink_llm.udfs.counters import REPORT_MS, Counters
+from flink_llm.udfs.event_time import BYTES, emitted_type, low_mark, table_with_event_time, with_event_time
 from flink_llm.udfs.keying import Reader, keyed, shard_keys
+from flink_llm.udfs.patience import Patience
 from flink_llm.udfs.rows import lean_rows, written
+from flink_llm.udfs.tables import Shape, TableOutputs, Wanted, records_of, shapes
 
 TIMER_MS = 5
 SHARD_TIMER_MS = 1000
-MOMENT_S = 0.003
-"""How long a piece of a bundle may hold it for calls that are about to end."""
-WAIT_AGAIN_AFTER = 1000
-"""Arrivals that are not waited for before one is again, to see whether it pays by now."""
 END_OF_TIME = 2**63 - 1
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
 _STATE = MapStateDescriptor("shard", _BYTES, _BYTES)
-PARTIALS = OutputTag("partials", EMITTED)
-FAILURES = OutputTag("failures", EMITTED)
-_TAGS = {"partial": PARTIALS, "failure": FAILURES}
+_TAGS = {"partial": OutputTag("partials", emitted_type()), "failure": OutputTag("failures", emitted_type())}
 
 
 class Outputs(Struct, frozen=True):
@@ -66,16 +63,29 @@ class Outputs(Struct, frozen=True):
     failures: DataStream
 
 
+@overload
 def apply(
-    stream: DataStream,
+    stream: DataStream, udf: AsyncUdf, *, key: KeySpec, uid: str, settings: OperatorSettings | None = None,
+    services: ServiceSettings | Callable[[], Any] | None = None,
+) -> Outputs: ...  # fmt: skip
+@overload
+def apply(
+    stream: Table, udf: AsyncUdf, *, key: KeySpec, uid: str, settings: OperatorSettings | None = None,
+    services: ServiceSettings | Callable[[], Any] | None = None, result: Wanted | None = None,
+    partial: Wanted | None = None,
+) -> TableOutputs: ...  # fmt: skip
+def apply(
+    stream: DataStream | Table,
     udf: AsyncUdf,
     *,
     key: KeySpec,
     uid: str,
     settings: OperatorSettings | None = None,
     services: ServiceSettings | Callable[[], Any] | None = None,
-) -> Outputs:
-    """Runs `udf` on every record of `stream`.
+    result: Wanted | None = None,
+    partial: Wanted | None = None,
+) -> Outputs | TableOutputs:
+    """Runs `udf` on every record of a stream, or on every row of a table that is only appended to.
 
     `stream` is one from `flink_llm.kafka`, or any other: its elements are then decoded to what `call`
     takes, and outcomes have no place to be read again from. `key` is the name of a field or a function
@@ -83,25 +93,42 @@ def apply(
     savepoints and must stay the same. `services` are the models and features that `ctx` offers, or a
     function that makes them.
 
-    Raises ConfigError when the handler, the settings or the environment do not fit.
+    A table's row is a request of its columns, and outcomes are tables again: results have the columns of
+    `result`, a class or a JSON Schema, by default of the class that `call` returns, partials those of
+    `partial`. What is not declared has one column `value`, its JSON.
+
+    Raises ConfigError when the handler, the settings, the table or the environment do not fit.
     """
     settings = settings or OperatorSettings()
     settings = _replace(settings, operator=uid)
+    name = type(udf).__name__
     takes, returns = signature_of(udf)
-    _check_records(type(udf).__name__, takes, returns)
+    _check_records(name, takes, returns)
+    tables, shape = None, None
+    if isinstance(stream, Table):
+        tables, shape = stream._t_env, shapes(name, returns, result, partial)
+        stream = records_of(stream, key, uid)
+    elif result is not None or partial is not None:
+        raise ConfigError(f"{name}: result and partial are for a Table; a DataStream's outcomes are bytes")
     env = stream.get_execution_environment()
     _check_environment(env, settings)
     keys = shard_keys(settings.shards, settings.max_parallelism)
     by_shard, read = keyed(stream, key, takes, keys, uid)
-    operator = _AsyncOperator(udf, settings, services, keys, read, of_savepoint=environment.starts_from_savepoint(env))
-    emitted = by_shard.process(operator, EMITTED).name(uid).uid(uid)
+    of_savepoint = environment.starts_from_savepoint(env)
+    operator = _AsyncOperator(udf, settings, services, keys, read, shape, of_savepoint=of_savepoint)
+    values = {kind: shape[kind].column() if shape else BYTES for kind in ("result", *_TAGS)}
+    emitted = by_shard.process(operator, emitted_type(values["result"])).name(uid).uid(uid)
     emitted._j_data_stream.getTransformation().setMaxParallelism(settings.max_parallelism)
-    tables = environment.tables(env)
-    return Outputs(
-        with_event_time(tables, emitted._j_data_stream, f"{uid}-results"),
-        with_event_time(tables, _side(emitted, PARTIALS), f"{uid}-partials"),
-        with_event_time(tables, _side(emitted, FAILURES), f"{uid}-failures"),
-    )
+    sides = {kind: _side(emitted, OutputTag(tag.tag_id, emitted_type(values[kind]))) for kind, tag in _TAGS.items()}
+    outs = {"result": emitted._j_data_stream, **sides}
+    if tables is None or shape is None:
+        tables = environment.tables(env)
+        return Outputs(**{f"{kind}s": with_event_time(tables, out, f"{uid}-{kind}s") for kind, out in outs.items()})
+    found = {}
+    for kind, out in outs.items():
+        rows = table_with_event_time(tables, out, f"{uid}-{kind}s", values[kind])
+        found[f"{kind}s"] = tables.sql_query(shape[kind].select(str(rows)))
+    return TableOutputs(**found)
 
 
 class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
@@ -109,7 +136,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
 
     def __init__(
         self, udf: AsyncUdf, settings: OperatorSettings, services: Any, keys: list[int], read: Reader,
-        *, of_savepoint: bool = False,
+        shape: dict[str, Shape] | None = None, *, of_savepoint: bool = False,
     ) -> None:  # fmt: skip
         self._submitted_ms = _now_ms()
         self._telemetry: Telemetry | None = None
@@ -119,6 +146,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._services = services
         self._keys = keys
         self._read = read
+        self._shape = shape
 
     def open(self, runtime_context: RuntimeContext) -> None:
         lean_bundles()
@@ -129,6 +157,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._shards: dict[int, Shard] = {}
         self._timer: int | None = None
+        self._report: int | None = None
         self._shard_timers: dict[int, int] = {}
         self._beats: dict[int, int] = {}
         self._watch = self._watched(runtime_context)
@@ -144,8 +173,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._runner.start()
         gc.collect()
         gc.freeze()  # modules and models live as long as this worker: a full collection would stop all calls for them
-        self._patience = _Patience(self._runner)
-        self._counters = _Counters(runtime_context, self)
+        self._patience = Patience(self._runner)
+        self._counters = Counters(runtime_context, self._runner, lambda: self.in_flight)
 
     def _watched(self, runtime_context: RuntimeContext) -> AliveWatch | None:
         """Where a sink of the job is transactional."""
@@ -208,6 +237,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             self._timer = None
         if timestamp >= self._shard_timers.get(number, timestamp):
             self._shard_timers.pop(number, None)
+        if self._report is not None and timestamp >= self._report:
+            self._report = None
         if timestamp >= self._beats.get(number, END_OF_TIME):
             del self._beats[number]
             self._shards[number].beat()
@@ -248,80 +279,18 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             self._timer = _now_ms() + TIMER_MS
             ctx.timer_service().register_processing_time_timer(self._timer)
         self._look_after(number, ctx)
-        self._counters.report()
+        if self._counters.report() and self._report is None:
+            self._report = _now_ms() + REPORT_MS
+            ctx.timer_service().register_processing_time_timer(self._report)
 
     def _emit(self, outputs: Iterable[Output], ctx: Any) -> Iterator[Any]:
         for out in outputs:
             stamp = out.timestamp if out.timestamp is not None else _now_ms()
             low = low_mark(ctx.timer_service().current_watermark(), self._runner.event_times.oldest())
-            row = written(out.key, out.value, out.headers, out.topic, low)
+            value = out.value if self._shape is None else self._shape[out.kind].convert(out.value)
+            row = written(out.key, value, out.headers, out.topic, low)
             tag = _TAGS.get(out.kind)
             yield (row, stamp) if tag is None else (tag, (row, stamp))
-
-
-class _Patience:
-    """Waits a moment for calls that have just begun, where such calls have been ending in a moment.
-
-    What ends before its bundle does leaves with it, and not with the timer's, two bundles later. As a
-    spinning lock does, this goes by what was seen: once calls take longer it only tries now and then.
-    """
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self._calls: list[Call] = []
-        self._paid = 1.0  # moving share of calls that ended while they were waited for
-        self._skipped = 0
-
-    def begun(self, call: Call) -> None:
-        """A call of the piece in hand."""
-        self._calls.append(call)
-
-    def wait(self) -> None:
-        """For the calls that have begun since the last time, at the end of their piece."""
-        count = len(self._calls)
-        if not count:
-            return
-        if self._paid < 0.5 and self._skipped < WAIT_AGAIN_AFTER:
-            self._skipped += count
-        else:
-            self._skipped = 0
-            self._runner.places.wait_until(self._all_ended, MOMENT_S)
-            self._paid += (1 - len(self._calls) / count - self._paid) / 16
-        self._calls.clear()
-
-    def _all_ended(self) -> bool:
-        while self._calls and self._calls[-1].ended:
-            self._calls.pop()
-        return not self._calls
-
-
-class _Counters:
-    """Brings the runner's counts to Flink's metrics, from Flink's thread as PyFlink demands."""
-
-    def __init__(self, runtime_context: RuntimeContext, operator: "_AsyncOperator") -> None:
-        group = runtime_context.get_metrics_group()
-        self._group = None if group is None else group.add_group("flink_llm")  # python.metric.enabled: false
-        self._counts = operator._runner.metrics.counts
-        self._breakers = operator._runner.breakers
-        self._flink: dict[str, Any] = {}
-        self._reported: dict[str, int] = {}
-        self._next = 0.0
-        if self._group is not None:
-            self._group.gauge("in_flight", lambda: operator.in_flight)
-
-    def report(self) -> None:
-        now = time.monotonic()
-        if now < self._next or self._group is None:
-            return
-        self._next = now + 1
-        for name, breaker in self._breakers.items():
-            if name not in self._flink:
-                self._flink[name] = self._group.add_group("breaker").gauge(name, partial(getattr, breaker, "level"))
-        for name, count in list(self._counts.items()):
-            if name not in self._flink:
-                self._flink[name] = self._group.counter(name)
-            self._flink[name].inc(count - self._reported.get(name, 0))
-            self._reported[name] = count
 
 
 def _now_ms() -> int:

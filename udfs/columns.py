@@ -20,6 +20,7 @@ from pyflink.common import Row, TypeInformation, Types
 from pyflink.table import DataTypes
 from pyflink.table.types import DataType
 
+from flink_llm import codec
 from flink_llm.errors import ConfigError
 from flink_llm.records import Record
 
@@ -117,6 +118,7 @@ def schema_of(wanted: type | Mapping[str, Any]) -> dict[str, Any]:
             schema = msgspec.json.schema(wanted)
         except TypeError as error:
             raise ConfigError(f"{wanted} has no JSON Schema: {error}") from error
+        codec.forget(wanted)
     if not isinstance(_resolved(schema, schema).get("properties"), dict):
         raise ConfigError("a row needs a schema of an object: {'type': 'object', 'properties': {...}}, or a Struct")
     return schema

@@ -129,10 +129,11 @@ def _keyed_in_java(stream: DataStream, key: str, keys: list[int], uid: str) -> K
 def _number_of(field: str) -> str:
     """SQL for what `shard_of` takes the remainder of: the first 32 bits of a SHA-256.
 
-    It is that of a JSON field, or of `Arrival.place` where there is none: broken records are spread.
+    It is that of a JSON field, or of `Arrival.place` where there is none: broken records are spread. Those of no
+    place are not.
     """
     place = "CONCAT(`topic`, '/', CAST(`partition` AS STRING), '/', CAST(`offset` AS STRING))"
-    digest = f"SHA256(COALESCE(JSON_VALUE(CAST(`value` AS STRING), '$.{field}'), {place}))"
+    digest = f"SHA256(COALESCE(JSON_VALUE(CAST(`value` AS STRING), '$.{field}'), {place}, ''))"
     digits = [f"POSITION(SUBSTRING({digest}, {i + 1}, 1) IN '123456789abcdef')" for i in range(8)]
     return " + ".join(f"CAST({digit} AS BIGINT) * {16 ** (7 - i)}" for i, digit in enumerate(digits))
 
@@ -148,7 +149,7 @@ class _Arrive(ProcessFunction):  # type: ignore[misc]
         self._keyer = Keyer(self._key, self._takes)
 
     def process_element(self, value: Any, ctx: ProcessFunction.Context) -> Iterator[tuple[int, bytes]]:
-        arrival = (_inbound if self._inbound else _element)(value, ctx.timestamp())
+        arrival = _inbound(value, _time(value, ctx)) if self._inbound else _element(value, ctx.timestamp())
         by, arrival = self._keyer.arrive(arrival)
         yield shard_of(by, self._shards), arrival.to_bytes()
 
@@ -161,6 +162,12 @@ class _ShardKey:
 
     def __call__(self, arrival: tuple[int, bytes]) -> int:
         return self._keys[arrival[0]]
+
+
+def _time(row: Any, ctx: ProcessFunction.Context) -> int | None:
+    """The stream record's, or that of an `INBOUND` row: a table's time need not be the stream's."""
+    stamp = _stamp(ctx.timestamp())
+    return row[6].to_epoch_milli() if stamp is None and row[6] is not None else stamp
 
 
 def _stamp(timestamp: int | None) -> int | None:

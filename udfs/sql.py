@@ -29,6 +29,7 @@ from flink_llm.udfs import answers
 from flink_llm.udfs.arguments import rows_of
 from flink_llm.udfs.batches import Batches, RowFunction
 from flink_llm.udfs.columns import Column, row_of, schema_of
+from flink_llm.udfs.counters import GROUP, Counts
 
 PARAMETER = "flink-llm.config"
 """The job parameter that names a configuration file, where a function was not given its services."""
@@ -81,7 +82,7 @@ class _Function(ScalarFunction):  # type: ignore[misc]
         signature = self._signature
         self._batches = Batches(signature.name, signature.kind, signature.function, open_services(services), job)
         self._batches.start()
-        self._counters = _Counters(function_context, self._batches.metrics.counts)
+        self._counters = Counts(_group(function_context), self._batches.metrics.counts)
 
     def close(self) -> None:
         if hasattr(self, "_batches"):
@@ -96,7 +97,7 @@ class _Function(ScalarFunction):  # type: ignore[misc]
             arguments = (*arguments[:2], self._schema, *arguments[2:])
         rows = rows_of(signature.name, arguments, signature.texts, signature.options)
         outcomes = self._batches.answer(rows, fixed=isinstance(arguments[0], str))
-        self._counters.report()
+        self._counters.tell()
         return pd.Series([None if each is None else self._shape(each) for each in outcomes], dtype=object)
 
 
@@ -134,25 +135,11 @@ class _Typed:
         return {name: part.convert(found.get(name)) for name, part in self._row.parts.items()}
 
 
-class _Counters:
-    """Brings the runner's counts to Flink's metrics, in the group `flink_llm`."""
-
-    def __init__(self, function_context: FunctionContext, counts: Mapping[str, int]) -> None:
-        try:
-            self._group = function_context.get_metric_group().add_group("flink_llm")
-        except RuntimeError:  # python.metric.enabled: false
-            self._group = None
-        self._counts = counts
-        self._flink: dict[str, Any] = {}
-        self._reported: dict[str, int] = {}
-
-    def report(self) -> None:
-        """From Flink's thread, as PyFlink demands."""
-        for name, count in list(self._counts.items()) if self._group is not None else ():
-            if name not in self._flink:
-                self._flink[name] = self._group.counter(name)
-            self._flink[name].inc(count - self._reported.get(name, 0))
-            self._reported[name] = count
+def _group(function_context: FunctionContext) -> Any:
+    try:
+        return function_context.get_metric_group().add_group(GROUP)
+    except RuntimeError:  # python.metric.enabled: false
+        return None
 
 
 def _configured(function_context: FunctionContext) -> config.JobConfig:

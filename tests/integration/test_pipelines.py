@@ -59,3 +59,16 @@ def test_the_documented_embedding_runs_and_is_refused_without_its_settings(tmp_p
             last = ran.stderr.strip().splitlines()[-1]
             assert "python.fn-execution.bundle.size is 1000, more than an eighth of capacity=256" in last
             assert last.endswith("or set it to 32 at most")
+
+
+def test_the_documented_tables_are_written(tmp_path):
+    [code] = [code for mark, code in blocks(ROOT / "docs" / "pipelines.md") if mark.strip() == "table"]
+    program = tmp_path / "tables.py"
+    program.write_text(code)
+    ran = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert sorted(line for line in ran.stdout.splitlines() if line.startswith("+I")) == [
+        "+I[1, 12 is a fair price]",
+        "+I[2, 30 is a fair price]",
+        "+I[3, handler_error: ValueError: a total is not negative]",
+    ]

@@ -1,0 +1,59 @@
+"""Counts and gauges as Flink's metrics, in the group `flink_llm`: from Flink's thread, as PyFlink demands."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from pyflink.datastream.functions import RuntimeContext
+
+from flink_llm.runner import Runner
+
+GROUP = "flink_llm"
+REPORT_MS = 1000
+
+
+class Counts:
+    """Brings counts to counters of a metric group; None where `python.metric.enabled` is false."""
+
+    def __init__(self, group: Any, counts: Mapping[str, int]) -> None:
+        self._group = group
+        self._counts = counts
+        self._flink: dict[str, Any] = {}
+        self._told: dict[str, int] = {}
+
+    def tell(self) -> None:
+        """What has been counted since the last time."""
+        for name, count in list(self._counts.items()) if self._group is not None else ():
+            if name not in self._flink:
+                self._flink[name] = self._group.counter(name)
+            self._flink[name].inc(count - self._told.get(name, 0))
+            self._told[name] = count
+
+
+class Counters:
+    """The operator's: its runner's counts, what is in flight, and the levels of its breakers."""
+
+    def __init__(self, runtime_context: RuntimeContext, runner: Runner, in_flight: Callable[[], int]) -> None:
+        group = runtime_context.get_metrics_group()
+        self._group = None if group is None else group.add_group(GROUP)
+        self._counts = Counts(self._group, runner.metrics.counts)
+        self._breakers = runner.breakers
+        self._levels: set[str] = set()
+        self._next = 0.0
+        if self._group is not None:
+            self._group.gauge("in_flight", in_flight)
+
+    def report(self) -> bool:
+        """Once a second. Whether it was too early: whoever comes last has to come again in `REPORT_MS`."""
+        if self._group is None:
+            return False
+        now = time.monotonic()
+        if now < self._next:
+            return True
+        self._next = now + REPORT_MS / 1000
+        for name in self._breakers.keys() - self._levels:
+            self._levels.add(name)
+            self._group.add_group("breaker").gauge(name, partial(getattr, self._breakers[name], "level"))
+        self._counts.tell()
+        return False
