@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flink_llm.local import processes
@@ -39,7 +40,7 @@ telemetry = TelemetrySettings(flink_prometheus=flink, metrics_port=int(own), log
 env = environment.environment(reporters.options(telemetry), kafka=False)
 environment.configure(env, FlinkSettings(), capacity=64)
 lines = [json.dumps({"session_id": "s", "request_id": name, "is": name}) for name in ("good", "bad", "slow")]
-settings = OperatorSettings(job="my-job", telemetry=telemetry)
+settings = OperatorSettings(job="my-job", deadline=None, telemetry=telemetry)
 out = apply(env.from_collection(lines, Types.STRING()), Some(), key="session_id", uid="some", settings=settings)
 for stream in (out.results, out.failures):
     stream.print()
@@ -60,6 +61,7 @@ def scraped(port):
     return {(one.name, *filter(None, map(one.labels.get, labels))): one.value for one in samples}
 
 
+@pytest.mark.slow
 def test_a_scrape_has_our_names(tmp_path):
     flink, own = processes.free_port(), processes.free_port()
     program, flag = tmp_path / "some.py", tmp_path / "flag"
