@@ -56,7 +56,7 @@ format: setup-dev ## format the code
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
 
 bench: bench-setup ## every benchmark, coarse (docs/benchmarks.md has the full ones)
-	@for name in operator overhead streaming stragglers burst capacity recovery poison outage demo_model constrained decoder serving encoder host_memory; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+	@for name in operator overhead forms streaming stragglers burst capacity recovery poison outage demo_model constrained decoder serving encoder host_memory; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 chaos: setup-dev ## kill, stop, cut and fill every part under load, the long form (some hours)
 	@$(BIN)/python -m benchmarks.recovery

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from benchmarks import burst, operator, samples, soak
+from benchmarks import burst, forms, operator, samples, soak
 from benchmarks.operator import Turn
 
 
@@ -42,6 +42,16 @@ def test_the_best_stock_is_compared():
     assert figures["of_ideal_1000_full"] == 0.5
     assert figures["x_stock_zero_work"] == 1.5
     assert figures["checkpoint_p99_ms"] is None
+
+
+def test_forms_are_compared_with_stock():
+    one = {"p50_ms": 60.04, "p99_ms": 200.0, "per_s": 900.0}
+
+    figures = forms.summary({"stream": one, "stock": {**one, "per_s": 300.0}})
+
+    assert figures["x_stock_stream"] == 3.0
+    assert figures["stream_p50_ms"] == 60.0
+    assert "x_stock_stock" not in figures
 
 
 def seen(sent, took, code=None):

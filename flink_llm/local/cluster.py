@@ -36,6 +36,7 @@ REST_TIMEOUT_S = 10.0
 WORKER = "pyflink.fn_execution.beam.beam_boot"
 _UNREAD = re.compile(r"Could not parse value '.*?' for key '[^']+'")
 _JOB_ID = re.compile(r"JobID ([0-9a-f]{32})")
+_SQL_JOB_ID = re.compile(r"Job ID: ([0-9a-f]{32})")
 # What a mini-cluster leaves in the environment of its process, and a submission must not inherit.
 _OF_A_MINI_CLUSTER = ("_python_worker_execution_mode", "FLINK_LLM_LOCAL", "PYFLINK_GATEWAY_PORT")
 
@@ -145,6 +146,21 @@ class Cluster:
         if ran.returncode or found is None:
             raise LocalError(f"the job was not submitted: {last_words(ran.stdout or ran.stderr)}")
         return found[1]
+
+    def sql(self, file: Path, *arguments: str) -> list[str]:
+        """Runs a file of SQL by `sql-client.sh`; the ids of the jobs it has submitted. Raises LocalError."""
+        opt = self._home / "opt"  # a folder of links: the pip package's lacks what the client starts with
+        shutil.rmtree(opt, ignore_errors=True)
+        opt.mkdir()
+        for jar in [*(flink_home() / "opt").glob("*.jar"), *jars.jars("sql-client")]:
+            (opt / jar.name).symlink_to(jar)
+        python = ["-pyexec", sys.executable, "-pyclientexec", sys.executable]
+        command = ["bash", str(self._home / "bin" / "sql-client.sh"), "-f", str(file), *python, *arguments]
+        environ = {**self._environ(), "FLINK_OPT_DIR": str(opt)}
+        ran = subprocess.run(command, capture_output=True, text=True, env=environ, stdin=subprocess.DEVNULL)
+        if ran.returncode or "[ERROR]" in ran.stdout:
+            raise LocalError(f"the SQL was not run: {last_words(ran.stdout + ran.stderr)}")
+        return _SQL_JOB_ID.findall(ran.stdout)
 
     def wait_running(self, job_id: str, patience: float = RUNNING_S) -> None:
         """Waits until every vertex runs on all its subtasks. Raises LocalError when the job ends instead."""

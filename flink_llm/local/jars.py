@@ -1,4 +1,4 @@
-"""The jars of a job and of a local broker, resolved once by Maven into a cache folder.
+"""The jars of a job, of a local broker and of the SQL client, resolved once by Maven into a cache folder.
 
 The cache is `$FLINK_LLM_CACHE`, else `~/.cache/flink-llm`. Coordinates and versions stand in the
 `pom.xml` beside this module.
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from filelock import FileLock
 
@@ -25,7 +25,7 @@ INSTALL = {
     "mvn": "apt-get install -y maven",
 }
 OLDEST_JAVA = 17
-Group = Literal["connector", "broker"]
+Group = Literal["connector", "broker", "sql-client"]
 COMPLETE = ".complete"
 
 
@@ -79,8 +79,9 @@ def jars(group: Group) -> list[Path]:
 
 
 def all_cached() -> bool:
-    """Whether the jars of every group are there, so that Maven has nothing left to do."""
-    return all((_folder(group) / COMPLETE).exists() for group in get_args(Group))
+    """Whether the jars of a job and of a broker are there, so that Maven has nothing left to do for them."""
+    needed: tuple[Group, ...] = ("connector", "broker")
+    return all((_folder(group) / COMPLETE).exists() for group in needed)
 
 
 def _folder(group: Group) -> Path:
