@@ -17,7 +17,7 @@ from pyflink.table.types import DataType
 
 from flink_llm import environment
 from flink_llm.errors import ConfigError
-from flink_llm.kafka_settings import KafkaSettings, check_transaction_timeout
+from flink_llm.kafka_settings import DEFAULT_GROUP, KafkaSettings, check_transaction_timeout
 
 Delivery = Literal["at_least_once", "exactly_once"]
 Start = Literal["earliest", "latest", "committed"]
@@ -68,7 +68,7 @@ def source(
         "key.fields": "key",
         "value.format": "raw",
         "value.fields-include": "EXCEPT_KEY",
-        "properties.group.id": settings.group,
+        "properties.group.id": settings.group or DEFAULT_GROUP,
         "scan.startup.mode": {"earliest": "earliest-offset", "latest": "latest-offset"}.get(start, "group-offsets"),
         "properties.auto.offset.reset": "latest" if start == "latest" else "earliest",
         "scan.watermark.idle-timeout": f"{IDLE_S} s",
@@ -138,7 +138,7 @@ def sink(
         )
         options |= {
             "sink.transaction-naming-strategy": "pooling",
-            "sink.transactional-id-prefix": f"{transactions or settings.group}-{uid}",
+            "sink.transactional-id-prefix": f"{transactions or settings.group or DEFAULT_GROUP}-{uid}",
             "properties.transaction.timeout.ms": str(settings.transaction_timeout_ms),
         }
     columns = """`key` BYTES, `value` BYTES, `headers` MAP<STRING NOT NULL, BYTES> METADATA,

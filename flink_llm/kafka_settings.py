@@ -18,6 +18,7 @@ from flink_llm.secrets import masked
 log = logging.getLogger(__name__)
 
 PROBE_MS = 10_000
+DEFAULT_GROUP = "flink-llm"
 PATHS = ("ssl.truststore.location", "ssl.keystore.location")
 """Properties that are paths on this machine, relative to the configuration file."""
 
@@ -29,13 +30,15 @@ _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`properties` are passed through to Flink's connector as they are, security among them.
 
+    `group` is by default the job's name, in a job of a configuration, and else `DEFAULT_GROUP`.
+
     `transaction_timeout_ms` bounds how long a job may be down, in exactly-once delivery, before the
     broker drops what it had not committed; it must not exceed the broker's own maximum. A job that was down
     for longer does not go on unless `resume_after_timeout` says that it shall, at the price of what was dropped.
     """
 
     bootstrap_servers: str = "127.0.0.1:9092"
-    group: str = "flink-llm"
+    group: str | None = None
     properties: dict[str, str] = {}
     transaction_timeout_ms: Annotated[int, Meta(ge=1_000)] = 600_000
     resume_after_timeout: bool = False

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from py4j.protocol import Py4JJavaError
 from pyflink.common import Encoder, Types, WatermarkStrategy
 from pyflink.datastream import DataStream, StreamExecutionEnvironment
@@ -15,6 +16,7 @@ from pyflink.util.exceptions import JavaException
 from flink_llm import config, environment, kafka, reporters, submission
 from flink_llm.config import JobConfig
 from flink_llm.errors import FlinkLlmError
+from flink_llm.kafka_settings import DEFAULT_GROUP
 from flink_llm.local import checks
 from flink_llm.local.cluster import last_words
 from flink_llm.local.failures import log_folder
@@ -26,7 +28,8 @@ log = logging.getLogger(__name__)
 def requests(env: StreamExecutionEnvironment, tables: Any, settings: JobConfig) -> DataStream:
     """The stream of requests: Kafka's, or the lines of a file."""
     if settings.files is None:
-        return kafka.source(tables, settings.kafka, settings.topics.requests, uid="requests")
+        own = msgspec.structs.replace(settings.kafka, group=settings.kafka.group or settings.name)
+        return kafka.source(tables, own, settings.topics.requests, uid="requests")
     lines = FileSource.for_record_stream_format(StreamFormat.text_line_format(), settings.files.requests).build()
     strategy = WatermarkStrategy.for_monotonous_timestamps()
     return env.from_source(lines, strategy, "requests", Types.STRING()).uid("requests")
@@ -43,8 +46,8 @@ def write(tables: Any, outputs: Outputs, settings: JobConfig) -> None:
         named["tokens"] = outputs.partials, [topics.tokens], "at_least_once"
     for uid, (stream, names, delivery) in named.items():
         if settings.files is None:
-            # Jobs may share a consumer group; transactions they must not.
-            own = f"{settings.kafka.group}-{settings.name}"
+            # Jobs may share a consumer group; transactions they must not. A name that changed would leave open ones.
+            own = f"{settings.kafka.group or DEFAULT_GROUP}-{settings.name}"
             kafka.sink(tables, stream, settings.kafka, names, uid=uid, delivery=delivery, transactions=own)
         else:
             values = stream.map(_value, Types.STRING()).uid(f"{uid}-text")

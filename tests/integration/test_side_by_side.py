@@ -43,7 +43,7 @@ class Job:
         raw = {
             "job": "llm_inference",
             "name": name,
-            "kafka": {"bootstrap_servers": self._servers},  # and the same group for all
+            "kafka": {"bootstrap_servers": self._servers, "group": "all"},
             "topics": {
                 "requests": [self.requests], "responses": self.responses, "tokens": tokens, "failures": failures,
             },
