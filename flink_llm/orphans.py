@@ -14,15 +14,22 @@ import psutil
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
+WORKER = "pyflink.fn_execution.beam.beam_boot"
+"""The module that Flink starts a worker with."""
+
 _watching = threading.Event()
 
 
 def end_with_task_manager(
     end: Callable[[], None] = lambda: os._exit(1), look_s: float = LOOK_S
 ) -> psutil.Process | None:
-    """Watches the Java process that this one descends from, on a thread, from the first call on; `end` is called when
-    that is gone. Without one, as in a test, there is nothing to watch: None."""
-    java = next((process for process in psutil.Process().parents() if process.name() == "java"), None)
+    """Watches the Java process that this worker descends from, on a thread, from the first call on; `end` is called
+    when that is gone. None, and nothing to watch, where this is no worker of its own: in a test, on a mini-cluster
+    (which an editor or a build server may have started, and those are Java too)."""
+    this = psutil.Process()
+    if WORKER not in this.cmdline():
+        return None
+    java = next((process for process in this.parents() if process.name() == "java"), None)
     if java is not None and not _watching.is_set():
         _watching.set()
         threading.Thread(target=_watch, args=(java, end, look_s), name="flink-llm orphan", daemon=True).start()

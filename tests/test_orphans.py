@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flink_llm.orphans import end_with_task_manager
+from flink_llm.orphans import WORKER as MODULE
 
 WORKER = """
 import os, sys, time
@@ -21,7 +21,7 @@ time.sleep(60)
 """
 JAVA = """
 import subprocess, sys
-subprocess.run(["bash", "-c", f"{sys.argv[1]} -c '{sys.argv[2]}' | tee {sys.argv[3]}"])
+subprocess.run(["bash", "-c", f"{sys.argv[1]} -c '{sys.argv[2]}' {sys.argv[4]} | tee {sys.argv[3]}"])
 """
 
 
@@ -29,7 +29,7 @@ subprocess.run(["bash", "-c", f"{sys.argv[1]} -c '{sys.argv[2]}' | tee {sys.argv
 def test_a_worker_ends_when_its_java_process_was_killed(tmp_path):
     java, told = tmp_path / "java", tmp_path / "pid"
     java.symlink_to(os.path.realpath(sys.executable))
-    command = [str(java), "-c", JAVA, sys.executable, WORKER, str(told)]
+    command = [str(java), "-c", JAVA, sys.executable, WORKER, str(told), MODULE]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.getcwd()})
     _until(lambda: told.exists() and told.read_text().strip())
     worker = psutil.Process(int(told.read_text()))
@@ -40,10 +40,13 @@ def test_a_worker_ends_when_its_java_process_was_killed(tmp_path):
     _until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_without_java_there_is_nothing_to_watch():
-    if any(process.name() == "java" for process in psutil.Process().parents()):
-        pytest.skip("this test descends from a Java process")
-    assert end_with_task_manager() is None
+def test_a_process_that_is_no_worker_does_not_end_with_the_java_that_started_it(tmp_path):
+    java, told = tmp_path / "java", tmp_path / "told"
+    java.symlink_to(os.path.realpath(sys.executable))
+    code = "from flink_llm.orphans import end_with_task_manager; print(end_with_task_manager())"
+    command = [str(java), "-c", JAVA, sys.executable, code, str(told), "a_build"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert told.read_text().strip() == "None"
 
 
 def _until(reached):

@@ -25,6 +25,7 @@ import yaml
 
 from flink_llm.errors import LocalError
 from flink_llm.local import jars, processes
+from flink_llm.orphans import WORKER
 from flink_llm.secrets import masked
 
 START_S = 90.0
@@ -33,7 +34,6 @@ SAVEPOINT_S = 120.0
 STOP_S = 30.0
 POLL_S = 0.2
 REST_TIMEOUT_S = 10.0
-WORKER = "pyflink.fn_execution.beam.beam_boot"
 _UNREAD = re.compile(r"Could not parse value '.*?' for key '[^']+'")
 _JOB_ID = re.compile(r"JobID ([0-9a-f]{32})")
 _SQL_JOB_ID = re.compile(r"Job ID: ([0-9a-f]{32})")
