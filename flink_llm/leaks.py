@@ -49,7 +49,8 @@ def _noted(
     task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **options)
     info = current_call.get(None)
     if info is not None and not _is_ours(coro):
-        info.tasks.append(task)
+        info.tasks.add(task)
+        task.add_done_callback(info.tasks.discard)  # a call, and what it left behind, may start any number
     return task
 
 

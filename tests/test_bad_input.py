@@ -6,7 +6,9 @@ import time
 import pytest
 
 from flink_llm.call import UNSENT_PARTIALS_LIMIT, OperatorSettings
-from flink_llm.handler import AsyncUdf
+from flink_llm.engine.generation import CallInfo, current_call
+from flink_llm.handler import AsyncUdf, Metrics
+from flink_llm.leaks import Leaks
 from flink_llm.records import ChatRequest, Message
 from flink_llm.testing import FakeServices, Harness, Script
 
@@ -116,3 +118,20 @@ def test_tasks_that_a_call_leaves_behind_are_counted_and_told_of_once(do, leaked
     assert len(run.results()) == 2
     told = [record.getMessage() for record in caplog.records if "left 3 of its tasks running" in record.getMessage()]
     assert len(told) == (leaked is not None)
+
+
+def test_of_a_calls_tasks_only_those_that_run_are_kept():
+    async def call():
+        for _ in range(100):
+            await asyncio.create_task(asyncio.sleep(0))
+        return len(info.tasks)
+
+    info = CallInfo(job="j", operator="o", key="k", request_id="1", session_id="k")
+    loop = asyncio.new_event_loop()
+    Leaks("Polling", Metrics()).watch(loop)
+    token = current_call.set(info)
+    try:
+        assert loop.run_until_complete(call()) <= 2  # itself, and one whose end is not told of yet
+    finally:
+        current_call.reset(token)
+        loop.close()

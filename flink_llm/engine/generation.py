@@ -46,7 +46,8 @@ _NOT_CONTENT = frozenset({"call", "work", "request_id", "deadline", "priority"})
 class CallInfo:
     """The record that is being worked on, for whoever is called on its behalf.
 
-    `open_generations` are those running now; `last_generation` is the id of the latest; `tasks` what it started.
+    `open_generations` are those running now; `last_generation` is the id of the latest; `tasks` what it started
+    and what still runs.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class CallInfo:
         self.priority = priority
         self.counts: dict[str, int] = {}
         self.open_generations: set[Generation] = set()
-        self.tasks: list[asyncio.Task[Any]] = []
+        self.tasks: set[asyncio.Task[Any]] = set()
         self.last_generation = ""
 
 
