@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flink_llm.engine.answers import Answers
+from flink_llm.engine.batching import LIMITS
 from flink_llm.engine.client import open_engine
 from flink_llm.engine.encoder import _sigmoid
 from flink_llm.engine.encoding import DOCUMENTS, Encoding, cut
@@ -356,12 +357,13 @@ class Served:
 def test_a_step_is_one_run_and_short_texts_do_not_wait_for_long_ones(folders: dict[str, Path]) -> None:
     served = Served(folders["embedding"])
     long = "x" * 64
-    for i in range(80):
+    rows = LIMITS["cpu"].rows
+    for i in range(rows + 16):
         served.add(f"{long}{i}")
     for text in ("hi", "ho"):
         served.add(text)
     assert set(served.step()) == {"hi", "ho"}
-    assert len(served.step()) == 64
+    assert len(served.step()) == rows
     assert len(served.step()) == 16
     assert served.step() == {}
 
@@ -449,10 +451,11 @@ def test_faults_are_told_by_their_code(folders: dict[str, Path]) -> None:
 
 def test_a_text_of_an_earlier_lane_goes_before_those_that_came_first(folders: dict[str, Path]) -> None:
     served = Served(folders["embedding"])
-    for i in range(100, 180):
+    rows = LIMITS["cpu"].rows
+    for i in range(100, 110 + rows):
         served.add(str(i))
     served.add("200", priority=9)
     served.add("300", priority=0)
     first, second = served.step(), served.step()
-    assert "300" in first and len(first) == 64
-    assert {"200", "179"} <= set(second)
+    assert "300" in first and len(first) == rows
+    assert {"200", str(109 + rows)} <= set(second)
