@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import stages
 from flink_llm.handler import AsyncUdf, CallContext, Context
 from flink_llm.records import ChatRequest
 
@@ -91,6 +92,38 @@ class Echo(AsyncUdf):
     async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
         reply = await self._model.chat(request.messages)
         return {"request_id": request.request_id, "text": reply.text}
+
+
+class StagedStream(AsyncUdf):
+    """`Streamed`; each token says when the host said it and when the handler had it, see `benchmarks.stages`."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    async def open(self, ctx: Context) -> None:
+        stages.install(self._folder)
+        self._model = ctx.model("scripted")
+
+    async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
+        async for token in self._model.chat(request.messages):
+            await ctx.emit({"text": token.text, "had": time.time()})
+        return {"request_id": request.request_id}
+
+
+class StagedEcho(AsyncUdf):
+    """`Echo`; each answer says when its call began, when the host said it, and when the handler had it."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    async def open(self, ctx: Context) -> None:
+        stages.install(self._folder)
+        self._model = ctx.model("scripted")
+
+    async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
+        began = time.time()
+        reply = await self._model.chat(request.messages)
+        return {"request_id": request.request_id, "text": reply.text, "began": began, "had": time.time()}
 
 
 class Grounded(AsyncUdf):

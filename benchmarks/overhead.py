@@ -20,10 +20,11 @@ from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer
 
-from benchmarks import pipeline
+from benchmarks import pipeline, stages
 from benchmarks.pipeline import local_kafka, quantile
 from flink_llm.call import OperatorSettings
 from flink_llm.flink_settings import FlinkSettings
+from flink_llm.local import processes
 from flink_llm.local.broker import create_topics
 from flink_llm.testing import Script
 
@@ -42,8 +43,11 @@ for record in consumer:
 """
 
 
-def latencies(servers: str, requests: str, responses: str, seconds: float, level: str, rate: int = RATE) -> list[float]:
-    """Milliseconds from send to a committed answer, at `rate` for `seconds`."""
+def latencies(
+    servers: str, requests: str, responses: str, seconds: float, level: str, rate: int = RATE,
+    seen: stages.Seen | None = None,
+) -> list[float]:  # fmt: skip
+    """Milliseconds from send to a committed answer, at `rate` for `seconds`. `seen` is told each answer's record."""
     producer = KafkaProducer(bootstrap_servers=servers, acks="all", linger_ms=0)
     consumer = KafkaConsumer(
         responses, bootstrap_servers=servers, group_id=None, auto_offset_reset="latest", isolation_level=level
@@ -66,7 +70,8 @@ def latencies(servers: str, requests: str, responses: str, seconds: float, level
             messages = [{"role": "user", "content": "hello"}]
             value = {"request_id": identifier, "session_id": f"s{i % 100}", "messages": messages}
             sent[identifier] = time.perf_counter()
-            producer.send(requests, key=identifier.encode(), value=json.dumps(value).encode())
+            headers = [] if seen is None else [("asked", repr(time.time()).encode())]
+            producer.send(requests, key=identifier.encode(), value=json.dumps(value).encode(), headers=headers)
 
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
@@ -78,6 +83,8 @@ def latencies(servers: str, requests: str, responses: str, seconds: float, level
                 start = sent.pop(json.loads(record.value)["request_id"], None)
                 if start is not None:
                     found.append((arrived - start) * 1000)
+                    if seen is not None:
+                        seen(record, time.time())
                     last = arrived
     sender.join()
     consumer.close()
@@ -165,14 +172,47 @@ def table(servers: str, folder: Path, pairs: int, seconds: float, warm_up_s: flo
     return found
 
 
+def by_stage(servers: str, folder: Path, *, seconds: float, warm_up_s: float, rate: int) -> list[str]:
+    """Ours at least once, and where each record's time went."""
+    port = processes.free_port()
+    properties = {"rest.port": str(port), "web.checkpoints.history": "1000"}
+    flink = FlinkSettings(expected_rate=rate if rate > RATE else None, properties=properties)
+    rows: list[dict[str, float]] = []
+
+    def seen(record: Any, now: float) -> None:
+        answer, (asked, taken, emitted) = json.loads(record.value), stages.stamps(record)
+        sent = float(dict(record.headers)["asked"])
+        rows.append(
+            {"sent": sent, "asked": asked, "taken in": taken, "begun": answer["began"], "had": answer["had"]}
+            | {"emitted": emitted, "appended": record.timestamp / 1000, "seen": now}
+        )
+
+    operator = OperatorSettings(remember_s=60)
+    with pipeline.Pipeline(
+        servers, folder, handler="StagedEcho", script=Script(), flink=flink, operator=operator
+    ) as running:
+        producer = KafkaProducer(bootstrap_servers=servers)
+        consumer = KafkaConsumer(running.topics["responses"], bootstrap_servers=servers, group_id=None)
+        pipeline.warm_up(running, producer, consumer)
+        topics = running.topics
+        _warm_up(servers, topics, "read_uncommitted", warm_up_s)
+        latencies(servers, topics["requests"], topics["responses"], seconds, "read_uncommitted", rate, seen)
+        return stages.told(rows, stages.Spans(running.folder, port))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short pairs: two at least once, one exactly once")
     parser.add_argument("--rate", type=int, default=RATE, help=f"requests a second, default {RATE}")
     parser.add_argument("--table", action="store_true", help="exactly once at each checkpoint interval, nothing else")
+    parser.add_argument("--stages", action="store_true", help="where the time of ours goes, and nothing else")
     args = parser.parse_args()
     pairs, seconds, warm_up_s = (2, 2.0, 4.0) if args.quick else (5, 10.0, WARM_UP_S)
+    if args.stages:
+        with local_kafka(stages.BROKER) as (servers, folder):
+            print(*by_stage(servers, folder, seconds=20.0, warm_up_s=warm_up_s, rate=args.rate), sep="\n")
+        return
     with local_kafka() as (servers, folder):
         if args.table:
             print(json.dumps(table(servers, folder, pairs, seconds, warm_up_s)))

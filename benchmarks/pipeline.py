@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class Settings(Struct, frozen=True, kw_only=True):
         """Of the files in which the workers' handlers say how many calls are in flight."""
         return f"{self.folder}/in-flight"
 
+    @property
+    def staged(self) -> bool:
+        """Whether its handler stamps what it does, see benchmarks.stages."""
+        return self.handler.startswith("Staged")
+
     def in_flight(self) -> int:
         """Calls in flight, as the handlers of the workers that are alive last said."""
         found = 0
@@ -70,7 +75,11 @@ def job(settings: Settings) -> None:
 
     chosen = getattr(handlers, settings.handler)
     counted = settings.handler == "Counted"
-    udf = chosen(settings.gauge, features=settings.features is not None) if counted else chosen()
+    udf = (
+        chosen(settings.gauge, features=settings.features is not None)
+        if counted
+        else (chosen(settings.folder) if settings.staged else chosen())
+    )
     scripts = {"scripted": settings.script, **settings.more}
     host = scripted_host(Path(settings.folder), scripts)
     env = environment.environment(settings.flink.properties)
@@ -95,10 +104,10 @@ def scripted_host(folder: Path, scripts: dict[str, Script]) -> HostSettings:
 
 
 @contextlib.contextmanager
-def local_kafka() -> Iterator[tuple[str, Path]]:
+def local_kafka(properties: Mapping[str, str] | None = None) -> Iterator[tuple[str, Path]]:
     """A broker of its own, empty: its bootstrap servers, and a folder. Gone at the end, whatever the end is."""
     with tempfile.TemporaryDirectory(prefix="flink-llm-") as name:
-        broker = Broker(Path(name))
+        broker = Broker(Path(name), properties=properties)
         with processes.cleaned_up(broker.wipe):
             broker.up([])
             yield broker.bootstrap_servers, Path(name)
@@ -125,6 +134,8 @@ class Pipeline:
         command = [sys.executable, "-m", "benchmarks.pipeline", str(file)]
         root = str(Path(__file__).parents[1])
         environ = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1", "FLINK_LOG_DIR": str(self.folder)}
+        if self.settings.staged:
+            environ |= {"JAVA_TOOL_OPTIONS": f"-Xlog:safepoint:file={self.folder}/pauses.%p:tm"}
         self._started = processes.start(command, self.log, environ)
         return self
 

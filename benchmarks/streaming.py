@@ -19,12 +19,13 @@ from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer
 
-from benchmarks import pipeline
+from benchmarks import pipeline, stages
 from benchmarks.pipeline import local_kafka, quantile
 from flink_llm.call import OperatorSettings
 from flink_llm.engine.client import open_engine
 from flink_llm.engine.generation import Model
 from flink_llm.flink_settings import FlinkSettings
+from flink_llm.local import processes
 from flink_llm.local.broker import create_topics
 from flink_llm.testing import Script
 
@@ -55,8 +56,18 @@ async def floor(servers: str, topic: str, folder: Path) -> None:
     await engine.close()
 
 
-def delays(servers: str, topic: str, ask: Any, seconds: float) -> list[float]:
-    """Milliseconds from the host's token to its consumer, at full rate for `seconds`. `ask` asks for a reply."""
+def request() -> bytes:
+    """One of a session of its own."""
+    mark = uuid.uuid4().hex
+    value = {"request_id": mark, "session_id": mark, "messages": [{"role": "user", "content": "x"}]}
+    return json.dumps(value).encode()
+
+
+def delays(servers: str, topic: str, ask: Any, seconds: float, seen: stages.Seen | None = None) -> list[float]:
+    """Milliseconds from the host's token to its consumer, at full rate for `seconds`. `ask` asks for a reply.
+
+    `seen` is told each token's record.
+    """
     consumer = KafkaConsumer(topic, bootstrap_servers=servers, group_id=None, auto_offset_reset="latest")
     while not consumer.assignment():
         consumer.poll(timeout_ms=50)
@@ -80,6 +91,8 @@ def delays(servers: str, topic: str, ask: Any, seconds: float) -> list[float]:
                 said = float(json.loads(record.value)["text"])
                 if began + SETTLE_S <= said < began + SETTLE_S + seconds:
                     found.append((now - said) * 1000)
+                    if seen is not None:
+                        seen(record, now)
     sender.join()
     consumer.close()
     if len(found) < 0.8 * REPLIES_PER_S * TOKENS * seconds:
@@ -108,9 +121,7 @@ def measure(servers: str, folder: Path, *, pairs: int, seconds: float, warm_up_s
             consumer.close()
 
             def ours() -> None:
-                mark = uuid.uuid4().hex
-                value = {"request_id": mark, "session_id": mark, "messages": [{"role": "user", "content": "x"}]}
-                producer.send(running.topics["requests"], value=json.dumps(value).encode())
+                producer.send(running.topics["requests"], value=request())
 
             def floors() -> None:
                 print("x", file=bare.stdin, flush=True)
@@ -131,16 +142,50 @@ def measure(servers: str, folder: Path, *, pairs: int, seconds: float, warm_up_s
     }
 
 
+def by_stage(servers: str, folder: Path, *, seconds: float, warm_up_s: float) -> list[str]:
+    """Ours once, and where each token's time went."""
+    port = processes.free_port()
+    flink = FlinkSettings(properties={"rest.port": str(port), "web.checkpoints.history": "1000"})
+    operator = OperatorSettings(capacity=256, deadline=120)
+    rows: list[dict[str, float]] = []
+
+    def seen(record: Any, now: float) -> None:
+        token, (_, _, emitted) = json.loads(record.value), stages.stamps(record)
+        rows.append({"said": float(token["text"]), "had": token["had"], "emitted": emitted}
+                    | {"appended": record.timestamp / 1000, "seen": now})  # fmt: skip
+
+    with pipeline.Pipeline(
+        servers, folder, handler="StagedStream", script=SCRIPT, flink=flink, operator=operator
+    ) as running:
+        producer = KafkaProducer(bootstrap_servers=servers, acks="all", linger_ms=0)
+        consumer = KafkaConsumer(running.topics["responses"], bootstrap_servers=servers, group_id=None)
+        pipeline.warm_up(running, producer, consumer)
+        consumer.close()
+
+        def ask() -> None:
+            producer.send(running.topics["requests"], value=request())
+
+        delays(servers, running.topics["tokens"], ask, warm_up_s)
+        delays(servers, running.topics["tokens"], ask, seconds, seen)
+        producer.close()
+        return stages.told(rows, stages.Spans(running.folder, port))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair of 3 s, hardly warm")
+    parser.add_argument("--stages", action="store_true", help="where the time of ours goes, and nothing else")
     parser.add_argument("--floor", nargs=3, metavar=("SERVERS", "TOPIC", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.floor:
         asyncio.run(floor(args.floor[0], args.floor[1], Path(args.floor[2])))
         return
     pairs, seconds, warm_up_s = (1, 3.0, 3.0) if args.quick else (5, 10.0, 60.0)
+    if args.stages:
+        with local_kafka(stages.BROKER) as (servers, folder):
+            print(*by_stage(servers, folder, seconds=2 * seconds, warm_up_s=warm_up_s), sep="\n")
+        return
     with local_kafka() as (servers, folder):
         print(json.dumps(measure(servers, folder, pairs=pairs, seconds=seconds, warm_up_s=warm_up_s)))
 
