@@ -34,7 +34,7 @@ def install(folder: str) -> None:
     submit: Any = Runner.submit
     output: Any = Shard._output
     bundle: Any = sdk_worker.SdkWorker.process_bundle
-    log = (Path(folder) / f"spans.{os.getpid()}").open("a")
+    log = (Path(folder) / f"spans.{os.getpid()}").open("a", buffering=1)  # read while the job still runs
     began = [0.0]
 
     def stamped_submit(runner: Any, call: Any, **options: Any) -> None:
@@ -59,7 +59,6 @@ def install(folder: str) -> None:
             began[0] = time.time()
         else:
             log.write(f"gc{info['generation']} {began[0]} {time.time()}\n")
-            log.flush()
 
     changed: Any = (Runner, Shard, sdk_worker.SdkWorker)
     changed[0].submit, changed[1]._output, changed[2].process_bundle = stamped_submit, stamped_output, stamped_bundle
