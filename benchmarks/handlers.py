@@ -94,8 +94,8 @@ class Echo(AsyncUdf):
         return {"request_id": request.request_id, "text": reply.text}
 
 
-class StagedStream(AsyncUdf):
-    """`Streamed`; each token says when the host said it and when the handler had it, see `benchmarks.stages`."""
+class _Staged(AsyncUdf):
+    """Stamps what its worker does, see `benchmarks.stages`."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -103,6 +103,10 @@ class StagedStream(AsyncUdf):
     async def open(self, ctx: Context) -> None:
         stages.install(self._folder)
         self._model = ctx.model("scripted")
+
+
+class StagedStream(_Staged):
+    """`Streamed`; each token says when the host said it and when the handler had it."""
 
     async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
         async for token in self._model.chat(request.messages):
@@ -110,15 +114,8 @@ class StagedStream(AsyncUdf):
         return {"request_id": request.request_id}
 
 
-class StagedEcho(AsyncUdf):
+class StagedEcho(_Staged):
     """`Echo`; each answer says when its call began, when the host said it, and when the handler had it."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-
-    async def open(self, ctx: Context) -> None:
-        stages.install(self._folder)
-        self._model = ctx.model("scripted")
 
     async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
         began = time.time()

@@ -74,12 +74,10 @@ def job(settings: Settings) -> None:
     from flink_llm.udfs.async_operator import apply
 
     chosen = getattr(handlers, settings.handler)
-    counted = settings.handler == "Counted"
-    udf = (
-        chosen(settings.gauge, features=settings.features is not None)
-        if counted
-        else (chosen(settings.folder) if settings.staged else chosen())
-    )
+    if settings.handler == "Counted":
+        udf = chosen(settings.gauge, features=settings.features is not None)
+    else:
+        udf = chosen(settings.folder) if settings.staged else chosen()
     scripts = {"scripted": settings.script, **settings.more}
     host = scripted_host(Path(settings.folder), scripts)
     env = environment.environment(settings.flink.properties)

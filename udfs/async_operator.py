@@ -279,7 +279,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             self._timer = _now_ms() + TIMER_MS
             ctx.timer_service().register_processing_time_timer(self._timer)
         self._look_after(number, ctx)
-        if self._counters.report() and self._report is None:
+        if self._report is None and self._counters.untold:
             self._report = _now_ms() + REPORT_MS
             ctx.timer_service().register_processing_time_timer(self._report)
 

@@ -22,6 +22,11 @@ class Counts:
         self._flink: dict[str, Any] = {}
         self._told: dict[str, int] = {}
 
+    @property
+    def untold(self) -> bool:
+        """Whether there is anything to tell."""
+        return self._counts != self._told
+
     def tell(self) -> None:
         """What has been counted since the last time."""
         for name, count in list(self._counts.items()) if self._group is not None else ():
@@ -32,7 +37,11 @@ class Counts:
 
 
 class Counters:
-    """The operator's: its runner's counts, what is in flight, and the levels of its breakers."""
+    """The operator's: its runner's counts, what is in flight, and the levels of its breakers.
+
+    Beam drops what is counted while a timer is processed. A gauge is asked at the end of every bundle, of
+    timers as well, where counting is heard: that is when all of it is told, once a second.
+    """
 
     def __init__(self, runtime_context: RuntimeContext, runner: Runner, in_flight: Callable[[], int]) -> None:
         group = runtime_context.get_metrics_group()
@@ -40,20 +49,22 @@ class Counters:
         self._counts = Counts(self._group, runner.metrics.counts)
         self._breakers = runner.breakers
         self._levels: set[str] = set()
+        self._in_flight = in_flight
         self._next = 0.0
         if self._group is not None:
-            self._group.gauge("in_flight", in_flight)
+            self._group.gauge("in_flight", self._asked)
 
-    def report(self) -> bool:
-        """Once a second. Whether it was too early: whoever comes last has to come again in `REPORT_MS`."""
-        if self._group is None:
-            return False
+    @property
+    def untold(self) -> bool:
+        """Whether a bundle is to end in `REPORT_MS`, even if nothing arrives any more."""
+        return self._group is not None and self._counts.untold
+
+    def _asked(self) -> int:
         now = time.monotonic()
-        if now < self._next:
-            return True
-        self._next = now + REPORT_MS / 1000
-        for name in self._breakers.keys() - self._levels:
-            self._levels.add(name)
-            self._group.add_group("breaker").gauge(name, partial(getattr, self._breakers[name], "level"))
-        self._counts.tell()
-        return False
+        if now >= self._next:
+            self._next = now + REPORT_MS / 1000
+            self._counts.tell()
+            for name in self._breakers.keys() - self._levels:
+                self._levels.add(name)
+                self._group.add_group("breaker").gauge(name, partial(getattr, self._breakers[name], "level"))
+        return self._in_flight()

@@ -25,7 +25,7 @@ HOLD_S = 0.5
 HOLD_SHARE = 3
 """Replies that may stand still so for each prompt that is being read."""
 DELAY_SHARE = 0.6
-"""How much longer a reply may take, in all, for the prompts of others. At 0.3 a burst of 16 was through 15 % later."""
+"""How much longer a reply may take, in all, for the prompts of others. With less a burst's own prompts wait longer."""
 FORESEEN = 64
 """Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
 
