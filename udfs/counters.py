@@ -45,7 +45,7 @@ class Counters:
 
     def __init__(self, runtime_context: RuntimeContext, runner: Runner, in_flight: Callable[[], int]) -> None:
         group = runtime_context.get_metrics_group()
-        self._group = None if group is None else group.add_group(GROUP)
+        self._group: Any = None if group is None else group.add_group(GROUP)
         self._counts = Counts(self._group, runner.metrics.counts)
         self._breakers = runner.breakers
         self._levels: set[str] = set()

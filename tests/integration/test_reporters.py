@@ -7,7 +7,6 @@ import sys
 import time
 import urllib.request
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flink_llm.local import processes
