@@ -59,7 +59,14 @@ def test_a_decoder_says_what_its_original_says(kind: str, tmp_path: Path) -> Non
         assert (made.kind, made.precision, made.architecture) == ("decoder", precision, f"{kind}ForCausalLM")
         assert made.parity["greedy_match"] == 1.0
         assert made.parity["logit_difference"] <= parity.LARGEST_DIFFERENCE[precision]
+        assert attention_scales(to) == {1.0}, "the scale of the scores is in the weights"
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["fp32", "int4", "int8"]
+
+
+def attention_scales(folder: Path) -> set[float]:
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    attentions = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    return {each.f for node in attentions for each in node.attribute if each.name == "scale"}
 
 
 def test_a_manifest_says_what_the_model_is(llama: Path, tmp_path: Path) -> None:

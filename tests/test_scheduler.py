@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flink_llm.engine.pace import RETRY_S, RETRY_UNKNOWN_S, SMOOTH
-from flink_llm.engine.scheduler import AGEING_S, DELAY_SHARE, HOLD_S, HOLD_SHARE, LANES, SPREAD, Entry, Scheduler, Tempo
+from flink_llm.engine.scheduler import AGEING_S, DELAY_MOST, HOLD_S, HOLD_SHARE, LANES, SPREAD, Entry, Scheduler, Tempo
 from flink_llm.errors import Overloaded
 
 CHUNK = 8
@@ -437,7 +437,7 @@ def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s):
         for entry in plan.decode:
             scheduler.decoded(entry, 1)
             if entry.said >= entry.limit:
-                assert seen.get(entry.item, 0.0) <= DELAY_SHARE * tempo.step_s * entry.limit + 1e-9
+                assert seen.get(entry.item, 0.0) <= DELAY_MOST * tempo.step_s * entry.limit + 1e-9
                 scheduler.remove(entry)
                 left -= 1
         if not left:
@@ -466,16 +466,27 @@ def test_a_burst_of_prompts_of_about_one_length_is_read_in_one_run():
     assert apart.plan(10, 200).beside == []
 
 
-def test_a_gap_is_closed_unless_somebody_waits_for_it():
-    scheduler: Scheduler[str] = Scheduler(slots=3, limit=10)
+def test_who_decodes_stays_in_neighbouring_rows():
+    scheduler: Scheduler[str] = Scheduler(slots=4, limit=10)
     entries = [scheduler.add(name, [number] * 20, priority=0, now=0.0) for number, name in enumerate("abc")]
     for _ in entries:
         read, _, count = scheduler.plan(20).prefill
         scheduler.advance(read, count)
     assert [entry.slot for entry in entries] == [0, 1, 2]
     scheduler.remove(entries[1])
-    waiting = scheduler.add("d", [3] * 4, priority=0, now=1.0)
-    assert (scheduler.plan(20).swap, waiting.slot) == (None, 1)
-    scheduler.remove(waiting)
     assert (scheduler.plan(20).swap, entries[2].slot) == ((2, 1, 20), 1)
     assert scheduler.plan(20).swap is None
+    scheduler.add("d", [3] * 20, priority=0, now=1.0)
+    assert scheduler.plan(20).swap is None  # it is read beside them
+
+
+def test_a_prompt_that_is_half_read_makes_room_for_who_decodes():
+    scheduler: Scheduler[str] = Scheduler(slots=3, limit=10)
+    first, long, last = (scheduler.add(name, [n] * 40, priority=0, now=float(n)) for n, name in enumerate("abc"))
+    scheduler.plan(40)
+    scheduler.advance(first, 40)
+    scheduler.advance(long, 30)
+    scheduler.advance(last, 40)
+    plan = scheduler.plan(40)
+    assert (plan.swap, first.slot, last.slot, long.slot) == ((2, 1, 40), 0, 1, 2)
+    assert plan.prefill == (long, 30, 10)

@@ -7,7 +7,8 @@ one that decodes. Rows between that do not decode run along, see `cache`.
 """
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from flink_llm.engine.faults import lacks_memory
 from flink_llm.engine.model import Manifest, ModelFolder
 from flink_llm.errors import ConfigError, ModelFolderError, Outage
 
+_TILED_ABOVE = 4096
+"""Tokens of context above which attention goes in tiles: else the scores of a whole run are held, as for all of it."""
+_NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 LOGITS_FROM = "logits_from"
 """An input that a graph may have: of which position the first logits are wanted, see `export_logits`."""
 Array = NDArray[np.int64]
@@ -47,6 +51,7 @@ def open_session(folder: ModelFolder, device: str, threads: int) -> ort.Inferenc
     with contextlib.ExitStack() as stack:
         graph = folder.graph_file(stack)
         chosen = providers(device)
+        stack.enter_context(_attention(folder.manifest.context_length))
         try:
             session = ort.InferenceSession(graph, options, providers=chosen)
         except Exception as error:  # ONNX Runtime's errors share no base class
@@ -56,6 +61,23 @@ def open_session(folder: ModelFolder, device: str, threads: int) -> ort.Inferenc
     if session.get_providers()[0] != chosen[0][0]:
         raise ConfigError(f"host.device is {device!r}, ONNX Runtime could not use it; see the host's log")
     return session
+
+
+@contextlib.contextmanager
+def _attention(context: int) -> Iterator[None]:
+    """ONNX Runtime asks the environment, when a session is made, which of its attentions it takes on the CPU.
+
+    The one in tiles runs a step of rows of several lengths row by row, and without the machine's vector
+    instructions; the other is faster from a few hundred tokens on, where no scale is left to it (`export_scale`).
+    """
+    if context > _TILED_ABOVE or _NO_TILES in os.environ:
+        yield
+        return
+    os.environ[_NO_TILES] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_NO_TILES]
 
 
 class Decoder:

@@ -13,6 +13,7 @@ from typing import Any
 from flink_llm.engine.export_adapters import add_adapters
 from flink_llm.engine.export_logits import slice_logits
 from flink_llm.engine.export_peft import PeftAdapter
+from flink_llm.engine.export_scale import fold_scale
 from flink_llm.engine.export_source import NEEDS, Source
 from flink_llm.engine.model import adapter_file
 from flink_llm.engine.quantize import EightBits, Form, FourBits, quantize_rows
@@ -53,13 +54,17 @@ def build_decoder(
     `scratch` keeps what other precisions may use again, `form` is that of int8 or int4. Raises ExportError for
     what cannot be built.
     """
+    heads = int(source.config["num_attention_heads"])
+    head_dim = int(source.config.get("head_dim") or source.config["hidden_size"] // heads)
     base = "fp32" if precision == "int8" else precision
     block = form.block if isinstance(form, FourBits) else None
     built = scratch / f"built-{base}{block or ''}"
     if not built.exists():
         _build(source, built, base, block)
-        if adapters:
+        if adapters:  # an adapter's own part of a query would have to be scaled as well
             add_adapters(built / "model.onnx", adapters, source.config)
+        elif base != "fp16":
+            fold_scale(built / "model.onnx", head_dim)
     if isinstance(form, EightBits):
         quantize_rows(built / "model.onnx", made, form)
     else:
@@ -71,13 +76,12 @@ def build_decoder(
     special = _texts(source, made)
     settings = json.loads((built / "genai_config.json").read_text())["model"]
     ends = settings.get("eos_token_id")
-    heads = int(source.config["num_attention_heads"])
     return {
         "context_length": int(source.config["max_position_embeddings"]),
         "vocab_size": int(source.config["vocab_size"]),
         "num_layers": int(source.config["num_hidden_layers"]),
         "num_kv_heads": int(source.config.get("num_key_value_heads") or heads),
-        "head_dim": int(source.config.get("head_dim") or source.config["hidden_size"] // heads),
+        "head_dim": head_dim,
         "eos_token_ids": ends if isinstance(ends, list) else [] if ends is None else [ends],
         "special_tokens": special,
         "adapters": [adapter.name for adapter in adapters],

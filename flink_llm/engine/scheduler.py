@@ -24,8 +24,10 @@ HOLD_S = 0.5
 """How long, in all, a reply that has begun may stand still while others' prompts are read in one go."""
 HOLD_SHARE = 3
 """Replies that may stand still so for each prompt that is being read."""
-DELAY_SHARE = 0.6
-"""How much longer a reply may take, in all, for the prompts of others. With less a burst's own prompts wait longer."""
+DELAY_SHARE, DELAY_MOST = 0.2, 0.6
+"""How much longer a reply may take, in all, for the prompts of others: for each that is being read, and at the most.
+
+One that comes alone is read a little later; of a burst everybody is done later where its prompts wait."""
 FORESEEN = 64
 """Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
 
@@ -68,10 +70,10 @@ class Entry(Generic[T]):
         """Tokens of the prompt that are still to be read."""
         return len(self.prompt) - self.filled
 
-    def may_wait(self, step_s: float) -> float:
-        """Seconds for which its reply may still wait for others' prompts, at so long a step."""
+    def may_wait(self, step_s: float, share: float) -> float:
+        """Seconds of `share` of its reply, at so long a step, for which that may still wait for others' prompts."""
         to_come = min(FORESEEN, max(0, self.limit - self.said))
-        return DELAY_SHARE * step_s * (self.said + to_come) - self.delayed
+        return share * step_s * (self.said + to_come) - self.delayed
 
 
 @dataclass(frozen=True)
@@ -192,15 +194,16 @@ class Scheduler(Generic[T]):
     def plan(self, chunk: int, whole: int | None = None, tempo: Tempo = Tempo()) -> Plan[T]:
         """What to do in the next step, `chunk` tokens of a prompt at most, or `whole` where nobody waits for them.
 
-        No prompt is read where that would delay a reply by more than `DELAY_SHARE` of its own time, as far as
-        `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that it prefilled, and
+        No prompt is read where that would delay a reply by more than a share of its own time (`DELAY_SHARE`), as
+        far as `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that it prefilled, and
         `decoded` of each token.
         """
         plan: Plan[T] = Plan(swap=self._close_up())
         plan.sharing = self._admit()
         decoding = self._decoding = [entry for entry in self._running if not entry.left]
         filling = [entry for entry in self._running if entry.left]
-        spare = min((entry.may_wait(tempo.step_s) for entry in decoding), default=0.0)
+        share = min(DELAY_SHARE * len(filling), DELAY_MOST)
+        spare = min((entry.may_wait(tempo.step_s, share) for entry in decoding), default=0.0)
         hold = self._hold(decoding, len(filling))
         for held in (True, False) if hold else (False,):
             plan.decode = [] if held else decoding
@@ -220,19 +223,20 @@ class Scheduler(Generic[T]):
             plan.beside = _beside(first, filling, most)
 
     def _close_up(self) -> tuple[int, int, int] | None:
-        """Moves the last slot's request into a gap: a step runs over all rows from the first to the last.
+        """Moves a request that decodes into a gap: a step runs over all rows from the first to the last of them.
 
-        It is at most once for each request that ends, and takes a small part of what reading its prompt did. What
-        the gap holds may be another's beginning: it changes places. Whoever waits fills a gap better.
+        It is about once for each request that begins or ends, and takes a small part of what reading its prompt did.
+        What the gap holds may be another's beginning, or a prompt that is half read: it changes places.
         """
-        found = self._slots.gap(SWAP_MOST) if not self._queue else None
+        found = self._slots.gap({entry.slot for entry in self._running if not entry.left}, SWAP_MOST)
         if found is None:
             return None
-        last, free = found
-        moved = next(entry for entry in self._running if entry.slot == last)
-        self._slots.swap(last, free)
-        moved.slot = free
-        return last, free, max(len(self._slots.held(last)), len(self._slots.held(free)))
+        self._slots.swap(*found)
+        places = dict(zip(found, reversed(found), strict=True))
+        for entry in self._running:
+            if entry.slot in places:
+                entry.slot = places[entry.slot]
+        return *found, max(len(self._slots.held(slot)) for slot in found)
 
     def _hold(self, decoding: list[Entry[T]], filling: int) -> bool:
         """Whether those who decode stand still for prompts of a burst.

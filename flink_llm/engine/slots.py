@@ -5,7 +5,7 @@ another request with the same system prompt, begins where that ends (prefix reus
 and vLLM's automatic prefix caching are the same idea over blocks). Decisions only: the decoder copies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -75,16 +75,19 @@ class Slots:
         self._busy.add(slot)
         return Placement(slot, shared, source if shared else slot)
 
-    def gap(self, most: int) -> tuple[int, int] | None:
-        """The last busy slot and a free one among the busy ones; None where one of them holds more than `most`."""
-        if not self._copies or not self._busy:
+    def gap(self, used: Collection[int], most: int) -> tuple[int, int] | None:
+        """The first or the last of the slots `used`, and another between them; None where one holds more than `most`.
+
+        Which of them: those that hold least.
+        """
+        if not self._copies or not used:
             return None
-        first, last = min(self._busy), max(self._busy)
-        free = [number for number in range(first, last) if number not in self._busy]
-        if not free:
+        first, last = min(used), max(used)
+        between = [number for number in range(first, last) if number not in used]
+        if not between:
             return None
-        least = min(free, key=lambda number: len(self._slots[number].held))
-        return (last, least) if max(len(self._slots[last].held), len(self._slots[least].held)) <= most else None
+        end, other = (min(some, key=lambda number: len(self._slots[number].held)) for some in ([last, first], between))
+        return (end, other) if max(len(self._slots[end].held), len(self._slots[other].held)) <= most else None
 
     def swap(self, one: int, other: int) -> None:
         """What is said of one slot holds of the other from now on."""
