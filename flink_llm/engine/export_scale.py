@@ -92,7 +92,7 @@ def _is_own(value: ir.Value) -> bool:
 def _multiply(value: ir.Value, where: Any, scale: float, folder: Path) -> None:
     tensor = value.const_value
     if isinstance(tensor, ir.ExternalTensor):  # where it lies: a copy would have to go into the graph's file
-        shape = tuple(int(size) for size in tensor.shape)
+        shape = tuple(tensor.shape.numpy())
         file = folder / str(tensor.location)
         array = np.memmap(file, tensor.dtype.numpy(), "r+", offset=tensor.offset or 0, shape=shape)
         _view(array, where)[...] *= scale

@@ -228,7 +228,9 @@ class Scheduler(Generic[T]):
         It is about once for each request that begins or ends, and takes a small part of what reading its prompt did.
         What the gap holds may be another's beginning, or a prompt that is half read: it changes places.
         """
-        found = self._slots.gap({entry.slot for entry in self._running if not entry.left}, SWAP_MOST)
+        found = self._slots.gap(
+            {entry.slot for entry in self._running if entry.slot is not None and not entry.left}, SWAP_MOST
+        )
         if found is None:
             return None
         self._slots.swap(*found)
