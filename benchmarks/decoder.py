@@ -15,12 +15,13 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import quality, shapes, speculation
 from benchmarks.bare import Bare
+from benchmarks.demo_source import demo_source
 from benchmarks.load import Request, arriving, make, mixed
 from benchmarks.machine import CORES, Run, best, interleave, isa, medians, ratio
 from benchmarks.ours import Ours
@@ -210,11 +211,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round without fp32 and Q8_0, no quality")
-    parser.add_argument("--demo", type=Path, help="the demo model's Hugging Face folder, for the precisions' quality")
+    parser.add_argument("--demo", type=Path, help="another Hugging Face folder of the demo model, for the quality")
+    parser.add_argument("--rounds", type=int, help=f"of each load (default: {FULL.rounds}; half an hour on two cores)")
+    parser.add_argument("--without", action="append", default=[], help="a precision or form to leave out, e.g. fp32")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     size = QUICK if args.quick else FULL
-    print(json.dumps(measure(shapes.SMOLLM2, size, root=shapes.ROOT, demo=None if args.quick else args.demo)))
+    size = replace(size, rounds=args.rounds or size.rounds, without=(*size.without, *args.without))
+    demo = None if args.quick else args.demo or demo_source()
+    print(json.dumps(measure(shapes.SMOLLM2, size, root=shapes.ROOT, demo=demo)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The engine on tiny random models: exact whoever shares the batch, and whatever a client does."""
 
 import asyncio
+import os
 import shutil
 
 import numpy as np
@@ -246,6 +247,27 @@ def test_slots_that_change_places_go_on_as_they_were(folder):
     decoder.swap(3, 2, 6)
     np.testing.assert_allclose(decoder.step([0, 2], [1, 1])[[0, 2]], read_on[[0, 3]], atol=1e-4)
     np.testing.assert_allclose(decoder.step([0, 2, 3], [1, 1, 21])[3], wanted[2], atol=1e-4)
+
+
+@pytest.mark.parametrize(("context", "given", "seen"), [(4096, {}, "1"), (8192, {}, None), (512, {"0": ""}, "0")])
+def test_short_contexts_are_attended_without_tiles(folder, tmp_path, monkeypatch, context, given, seen):
+    variable = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+    monkeypatch.delenv(variable, raising=False)
+    for value in given:
+        monkeypatch.setenv(variable, value)
+    shutil.copytree(folder, tmp_path / "copy")
+    opened = open_model_folder(tiny.changed(tmp_path / "copy", context_length=context))
+    during = []
+    session = decoder_module.ort.InferenceSession
+
+    def open_session(*arguments, **options):
+        during.append(os.environ.get(variable))
+        return session(*arguments, **options)
+
+    monkeypatch.setattr(decoder_module.ort, "InferenceSession", open_session)
+    decoder_module.open_session(opened, "cpu", 1)
+    assert during == [seen]
+    assert os.environ.get(variable) == next(iter(given), None)
 
 
 def test_a_prompts_logits_are_made_for_its_last_token_alone(folder, monkeypatch):

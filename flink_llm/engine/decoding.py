@@ -25,7 +25,7 @@ CHUNK, CHUNK_LEAST = 512, 16
 """Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
 CHUNK_SHORT = 64
 """A chunk that tells what a token of a chunk takes: those of a long one take less."""
-STEPS_WAITED = 1.5
+STEPS_WAITED = 1.25
 """How many of their own steps others wait, at the most, while a chunk is read."""
 
 
