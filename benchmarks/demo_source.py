@@ -18,12 +18,16 @@ from flink_llm.engine.quantize import LEVELS, ZERO
 SHIPPED = Path(__file__).parents[1] / "models" / "support-chat"
 HEADS, KEYS, SIZE, MIDDLE = 4, 2, 64, 512
 _PARTS = {
-    "qkv_proj": (("self_attn.q_proj", HEADS * SIZE), ("self_attn.k_proj", KEYS * SIZE), ("self_attn.v_proj", KEYS * SIZE)),
+    "qkv_proj": (
+        ("self_attn.q_proj", HEADS * SIZE),
+        ("self_attn.k_proj", KEYS * SIZE),
+        ("self_attn.v_proj", KEYS * SIZE),
+    ),
     "o_proj": (("self_attn.o_proj", HEADS * SIZE),),
     "gate_proj": (("mlp.gate_proj", MIDDLE),),
     "up_proj": (("mlp.up_proj", MIDDLE),),
     "down_proj": (("mlp.down_proj", HEADS * SIZE),),
-}  # fmt: skip
+}
 """What a product's columns are, in their order."""
 
 
@@ -38,10 +42,18 @@ def demo_source(shipped: Path = SHIPPED, root: Path = ROOT) -> Path:
         return folder
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=manifest["vocab_size"], hidden_size=HEADS * SIZE, intermediate_size=MIDDLE,
-            num_hidden_layers=manifest["num_layers"], num_attention_heads=HEADS, num_key_value_heads=KEYS,
-            max_position_embeddings=manifest["context_length"], rope_theta=10_000.0, tie_word_embeddings=True,
-            bos_token_id=1, eos_token_id=manifest["eos_token_ids"][0], pad_token_id=0,
+            vocab_size=manifest["vocab_size"],
+            hidden_size=HEADS * SIZE,
+            intermediate_size=MIDDLE,
+            num_hidden_layers=manifest["num_layers"],
+            num_attention_heads=HEADS,
+            num_key_value_heads=KEYS,
+            max_position_embeddings=manifest["context_length"],
+            rope_theta=10_000.0,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=manifest["eos_token_ids"][0],
+            pad_token_id=0,
         )  # fmt: skip
     )
     weights = {name: torch.from_numpy(array.copy()) for name, array in _weights(shipped).items()}

@@ -1,13 +1,19 @@
 """The engine's benchmarks on a tiny shape, without peers: they must not rot between measurements."""
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime_genai")
 
-from benchmarks import decoder, encoder, host_memory, machine, shapes
+import torch
+from transformers import LlamaForCausalLM
+
+from benchmarks import decoder, demo_source, encoder, host_memory, machine, shapes
 from benchmarks.peers import flags
+from flink_llm.engine.decoder import Decoder
+from flink_llm.engine.model import open_model_folder
 from tests import tiny
 
 SIZE = decoder.Size(rounds=1, mixed=16, static=(8, 8), one=(8, 8), dialogues=8)
@@ -85,3 +91,14 @@ def test_llama_cpp_is_compiled_for_what_the_machine_has():
     assert "-DGGML_AVX2=ON" in args
     assert "-DGGML_AVX512=OFF" in args
     assert "AMX" not in args
+
+
+def test_the_demo_models_weights_taken_back_say_what_it_says(tmp_path):
+    source = demo_source.demo_source(root=tmp_path)
+    original = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    shipped = Decoder(open_model_folder(demo_source.SHIPPED), device="cpu", threads=1, slots=1)
+    prompt = list(range(300, 340))
+    theirs = original(torch.tensor([prompt])).logits[0].detach().numpy()
+    ours = shipped.read(0, prompt, 0)
+    likeness = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    assert likeness.min() > 0.99  # int8 rounds the activations as well
