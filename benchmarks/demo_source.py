@@ -54,7 +54,7 @@ def demo_source(shipped: Path = SHIPPED, root: Path = ROOT) -> Path:
             bos_token_id=1,
             eos_token_id=manifest["eos_token_ids"][0],
             pad_token_id=0,
-        )  # fmt: skip
+        )
     )
     weights = {name: torch.from_numpy(array.copy()) for name, array in _weights(shipped).items()}
     missing = model.load_state_dict(weights, strict=False)
