@@ -445,6 +445,37 @@ def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s):
     raise AssertionError("somebody waits for ever")
 
 
+def share_of_time_for_a_long_prompt(others: int, seconds: float) -> float:
+    """Of 60 steps beside four replies and so many other prompts, in how many a long prompt is read."""
+    clock = Clock()
+    scheduler: Scheduler[int] = Scheduler(slots=40, limit=100, clock=clock)
+    tempo = Tempo(token_s=0.001, step_s=0.01)
+    for number in range(HOLD_SHARE * (others + 1) + 1):
+        scheduler.advance(scheduler.add(number, prompt(1), priority=0, now=0.0, tokens=500), 0)
+        plan = scheduler.plan(10, 10)
+        scheduler.advance(plan.prefill[0], 1)
+    for number in range(others + 1):
+        scheduler.add(100 + number, prompt(100_000), priority=5, now=0.0)
+    scheduler.plan(1, 1, tempo)
+    clock.now += seconds
+    read = 0
+    for _ in range(60):
+        plan = scheduler.plan(10, 10, tempo)
+        if plan.prefill:
+            read += 1
+            scheduler.advance(plan.prefill[0], plan.prefill[2])
+            scheduler.waited(plan.tokens * tempo.token_s)
+        for entry in plan.decode:
+            scheduler.decoded(entry, 1)
+    return read / 60
+
+
+def test_prompts_are_read_the_more_the_more_there_are_and_the_longer_they_are_being_read():
+    alone, later, several = (share_of_time_for_a_long_prompt(*given) for given in ((0, 0.0), (0, 1.0), (1, 0.0)))
+    assert alone < later and alone < several
+    assert share_of_time_for_a_long_prompt(0, 100.0) == share_of_time_for_a_long_prompt(4, 100.0), "up to the most"
+
+
 def test_a_burst_of_prompts_of_about_one_length_is_read_in_one_run():
     scheduler: Scheduler[int] = Scheduler(slots=8, limit=10)
     lengths = [20, 22, 20, 60, 21]

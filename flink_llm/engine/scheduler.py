@@ -28,6 +28,8 @@ DELAY_SHARE, DELAY_MOST = 0.2, 0.6
 """How much longer a reply may take, in all, for the prompts of others: for each that is being read, and at the most.
 
 One that comes alone is read a little later; of a burst everybody is done later where its prompts wait."""
+DELAY_GROWS_S = 1.0
+"""A second for which a prompt has been read counts as one more prompt: a long one is not to wait for ever."""
 FORESEEN = 64
 """Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
 
@@ -202,7 +204,7 @@ class Scheduler(Generic[T]):
         plan.sharing = self._admit()
         decoding = self._decoding = [entry for entry in self._running if not entry.left]
         filling = [entry for entry in self._running if entry.left]
-        share = min(DELAY_SHARE * len(filling), DELAY_MOST)
+        share = self._share(filling)
         spare = min((entry.may_wait(tempo.step_s, share) for entry in decoding), default=0.0)
         hold = self._hold(decoding, len(filling))
         for held in (True, False) if hold else (False,):
@@ -212,6 +214,12 @@ class Scheduler(Generic[T]):
                 return plan
         plan.prefill, plan.beside = None, []
         return plan
+
+    def _share(self, filling: list[Entry[T]]) -> float:
+        """Of its own time, how much longer a reply may take for these prompts."""
+        since = min((entry.began for entry in filling), default=0.0)
+        urgency = len(filling) + (self._clock() - since) / DELAY_GROWS_S
+        return min(DELAY_SHARE * urgency, DELAY_MOST) if filling else 0.0
 
     def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int) -> None:
         if not filling:
