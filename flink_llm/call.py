@@ -93,7 +93,7 @@ class Call:
 
     __slots__ = (
         "admitted", "arrival", "arrived_ms", "attempt", "clock", "committed_state", "emitted", "ended", "expires_at",
-        "identity", "info", "key", "outcome", "payload_hash", "priority", "repeats", "reply_to",
+        "identity", "info", "key", "outcome", "priority", "repeats", "reply_to",
         "request", "request_id", "restored", "retried", "sent", "sequence", "shard", "task", "timestamp", "watch",
     )  # fmt: skip
 
@@ -110,7 +110,6 @@ class Call:
         self.reply_to: str | None = _field(request, "reply_to", str)
         priority = _field(request, "priority", int)
         self.priority: int = DEFAULT_PRIORITY if priority is None else max(0, min(priority, 9))
-        self.payload_hash = hashlib.sha256(arrival.payload()).digest()
         self.identity: tuple[int, bytes] | None = None
         if self.request_id is not None:
             self.identity = (shard.number, digest_of(self.key, self.request_id))
@@ -128,6 +127,11 @@ class Call:
         self.task: asyncio.Task[None] | None = None
         self.info: Any = None
         self.watch = NOBODY
+
+    @property
+    def payload_hash(self) -> bytes:
+        """Of the bytes that decide whether a repeat is one."""
+        return hashlib.sha256(self.arrival.payload()).digest()
 
     @property
     def generation_id(self) -> str | None:

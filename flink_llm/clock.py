@@ -37,6 +37,8 @@ class RecordClock:
     def now(self) -> float:
         """Seconds, those of outages left out."""
         at = self._clock()
+        if self._outage_since() is None:  # asked several times a record
+            return at - self._stood_still
         return at - self._stood_still - self._still_since_tick(at)
 
     def tick(self) -> float:

@@ -1,6 +1,7 @@
 """The calls of a runner whose time runs: who is cut short when it is over, and how. Lives on the runner's loop."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -39,11 +40,13 @@ class Deadlines:
         self._name = name
         self._metrics = metrics
         self._timed: set[Call] = set()
+        self._earliest = math.inf  # no deadline passes before, on the records' clock
 
     def watch(self, call: Call, seconds: float) -> None:
         """The call has so many seconds left."""
         call.expires_at = self._clock.now() + seconds
         self._timed.add(call)
+        self._earliest = min(self._earliest, call.expires_at)
 
     def forget(self, call: Call) -> None:
         """The call has ended."""
@@ -74,6 +77,8 @@ class Deadlines:
 
     def _expire(self) -> None:
         now = self._clock.now()
+        if now < self._earliest:
+            return
         for call in [call for call in self._timed if call.expires_at is not None and call.expires_at <= now]:
             generations = [one for one in call.info.open_generations if one.text] if call.info is not None else []
             if call.task is None:
@@ -88,6 +93,7 @@ class Deadlines:
                     generation.expire()
             elif call.task.cancelling() == 0:
                 call.task.cancel()
+        self._earliest = min((call.expires_at or now for call in self._timed), default=math.inf)
 
     def _abandon(self, call: Call) -> None:
         self._metrics.add("abandoned")

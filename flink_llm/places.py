@@ -1,6 +1,7 @@
 """The places of a subtask: how many records may be in flight, and who waits for room.
 
-One thread takes places, another gives them back.
+One thread takes places, another gives them back: each counts by itself, so that neither waits for the other's lock
+as long as there is room.
 """
 
 import threading
@@ -19,7 +20,10 @@ class Places:
     """`capacity` places. `clock` gives seconds and never goes back."""
 
     def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._free = capacity
+        self._capacity = capacity
+        self._taken = 0  # changed by who takes alone, `_given` by who gives
+        self._given = 0
+        self._awaited = False
         self._most = max(1, capacity // OVERDRAFT)
         self._overdraft = 0
         self._lent = 0
@@ -34,12 +38,11 @@ class Places:
         go. So all waits since `let_go` together end some time, with or without a place, and what is taken
         then is over capacity for a while.
         """
-        with self._changed:
-            if wait and not self._room():
-                began = self._clock()
-                self._changed.wait_for(self._room, self._patience)
-                self._patience = max(0.0, self._patience - (self._clock() - began))
-            self._free -= 1
+        if wait and not self._room():
+            began = self._clock()
+            self.wait_until(self._room, self._patience)
+            self._patience = max(0.0, self._patience - (self._clock() - began))
+        self._taken += 1
 
     @property
     def room(self) -> bool:
@@ -48,9 +51,10 @@ class Places:
 
     def give(self, count: int) -> None:
         """Gives places back."""
-        with self._changed:
-            self._free += count
-            self._changed.notify_all()
+        self._given += count
+        if self._awaited:  # set before the waiter looks: what was given until then it sees by itself
+            with self._changed:
+                self._changed.notify_all()
 
     def lend(self, change: int) -> None:
         """Counts calls that can end only when the mailbox is let go: each lends a place until then."""
@@ -63,14 +67,19 @@ class Places:
         with self._changed:
             self._overdraft = 0
             self._patience = PATIENCE_S
-            if self._free <= -self._most:  # from here on a record comes in for each that ends
+            if self._free() <= -self._most:  # from here on a record comes in for each that ends
                 self._overdraft = self._most
                 self._patience = PATIENCE_MOST_S
 
     def wait_until(self, there: Callable[[], bool], timeout: float) -> None:
         """Waits until a place was given back and `there()` is true, at most `timeout` seconds."""
         with self._changed:
+            self._awaited = True
             self._changed.wait_for(there, timeout)
+            self._awaited = False
+
+    def _free(self) -> int:
+        return self._capacity - self._taken + self._given
 
     def _room(self) -> bool:
-        return self._free > -self._lent - self._overdraft
+        return self._free() > -self._lent - self._overdraft

@@ -182,6 +182,7 @@ class Runner:
         await self._udf.close()
 
     def _forget(self, call: Call, last_of_key: bool) -> None:
+        call.info = call.task = None  # which know the call: nobody but a full collection would free the three
         self._repeats.forget(call)
         if last_of_key:
             self._turns.forget(call)
@@ -214,7 +215,7 @@ class Runner:
             if not call.ended:
                 self._running += 1
                 call.watch.began()
-                call.task = self._loop.create_task(self._run(call, lane))
+                call.task = asyncio.Task(self._run(call, lane), loop=self._loop)  # none that `Leaks` asks about
 
     async def _run(self, call: Call, lane: Lane | None) -> None:
         while not call.ended and not self._closing:
@@ -278,7 +279,7 @@ class Runner:
 
     async def _attempt(self, call: Call, lane: Lane | None) -> Outcome:
         state = codec.unpack(lane.state or EMPTY_STATE) if self.stateful and lane is not None else None
-        call.info = CallInfo(
+        call.info = info = CallInfo(
             job=self.settings.job,
             operator=self.settings.operator,
             key=call.key,
@@ -287,7 +288,7 @@ class Runner:
             remaining=call.remaining,
             priority=call.priority,
         )
-        current_call.set(call.info)
+        current_call.set(info)
         current_watch.set(call.watch)
         try:
             result = await self._udf.call(call.request, CallContext(self._context, call, state=state))
@@ -308,10 +309,10 @@ class Runner:
             log.warning("%s failed on %s", self.name, call.arrival.place, exc_info=error)
             return Failed("handler_error", told(error), call.generation_id)
         finally:
-            for generation in list(call.info.open_generations):
+            for generation in list(info.open_generations):
                 generation.close()
-            if call.info.tasks:
-                self._leaks.look(call.info)
+            if info.tasks:
+                self._leaks.look(info)
 
     def _result(self, call: Call, result: Any, state: dict[str, Any] | None, lane: Lane | None) -> Result:
         check_result(result, self._returns, self.name)

@@ -1,6 +1,7 @@
 """One call: its partials, its deadline, the size of what it says, its turn after failures."""
 
 import asyncio
+import gc
 import os
 import threading
 import time
@@ -8,7 +9,7 @@ import time
 import pytest
 from msgspec import Struct
 
-from flink_llm.call import OperatorSettings
+from flink_llm.call import Call, OperatorSettings
 from flink_llm.errors import ConfigError, FlinkLlmError, Outage, RecordError, StateError
 from flink_llm.handler import AsyncUdf
 from flink_llm.records import ChatRequest, EmbedRequest, Message
@@ -363,3 +364,22 @@ def test_the_wait_before_another_try_may_outlast_the_outage():
         run.finish()
     assert not run.failures()
     assert len(run.results()) == 2
+
+
+def calls_alive():
+    return sum(isinstance(found, Call) for found in gc.get_objects())
+
+
+def test_calls_that_are_over_are_freed_without_a_collection():
+    gc.collect()
+    before = calls_alive()
+    gc.disable()
+    try:
+        with Harness(Doing(echo)) as run:
+            for number in range(20):
+                run.send({"request_id": f"r{number}", "session_id": "s"})
+                run.finish()
+            assert len(run.results()) == 20
+            assert calls_alive() - before <= 2  # the shard's newest, and what the inbox has not forgotten yet
+    finally:
+        gc.enable()

@@ -6,7 +6,7 @@ import pytest
 from pyflink.common import Row, RowKind, Types
 from pyflink.fn_execution import coder_impl_fast
 from pyflink.fn_execution.coders import from_type_info
-from pyflink.fn_execution.datastream.process import input_handler
+from pyflink.fn_execution.datastream.process import input_handler, operations
 
 from flink_llm.udfs import rows
 
@@ -16,10 +16,10 @@ CODER = from_type_info(Types.ROW([Types.LONG(), Types.TUPLE([INNER, Types.LONG()
 
 @pytest.fixture
 def lean():
-    kept = coder_impl_fast.Row, coder_impl_fast.RowKind, input_handler.Row
+    kept = coder_impl_fast.Row, coder_impl_fast.RowKind, input_handler.Row, operations.Row
     rows.lean_rows()
     yield
-    coder_impl_fast.Row, coder_impl_fast.RowKind, input_handler.Row = kept
+    coder_impl_fast.Row, coder_impl_fast.RowKind, input_handler.Row, operations.Row = kept
 
 
 def inner(kind=RowKind.INSERT):
@@ -50,3 +50,17 @@ def test_what_is_written_has_the_same_bytes():
 def test_an_operators_results_are_written_without_rows(lean):
     ((tag, out),) = input_handler._emit_results(5, 6, iter(["x"]), has_side_output=True)
     assert (tag, type(out), list(out)) == ("", coder_impl_fast.InternalRow, [5, 6, "x"])
+
+
+def test_rows_of_keys_are_those_of_pyflink(lean):
+    keyed = Types.ROW([Types.INT()])
+    coder = from_type_info(keyed).get_impl()
+    assert coder.encode(operations.Row(7)) == coder.encode(Row(7))
+    assert operations.Row(7) == Row(7)
+    assert [type(operations.Row(key)[0]) for key in (1, True)] == [int, bool]
+    assert operations.Row([7]) == Row([7])  # which cannot be hashed
+
+
+def test_an_element_and_its_time_are_written_as_by_pyflink(lean):
+    coder = from_type_info(Types.ROW([Types.LONG(), Types.STRING()])).get_impl()
+    assert coder.encode(operations.Row(7, "x")) == coder.encode(Row(7, "x"))

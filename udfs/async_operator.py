@@ -43,6 +43,9 @@ from flink_llm.udfs.tables import Shape, TableOutputs, Wanted, records_of, shape
 TIMER_MS = 5
 SHARD_TIMER_MS = 1000
 END_OF_TIME = 2**63 - 1
+COLLECT_AT = 50_000, 20, 50
+"""Objects more than there were before the youngest are looked at for cycles (700 by default), and how often the older
+ones are: calls in flight come and go by the thousand, and each look at them holds all of them up."""
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
 _STATE = MapStateDescriptor("shard", _BYTES, _BYTES)
@@ -173,6 +176,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._runner.start()
         gc.collect()
         gc.freeze()  # modules and models live as long as this worker: a full collection would stop all calls for them
+        gc.set_threshold(*COLLECT_AT)
         self._patience = Patience(self._runner)
         self._counters = Counters(runtime_context, self._runner, lambda: self.in_flight)
 

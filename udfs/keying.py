@@ -115,7 +115,7 @@ def _keyed_in_java(stream: DataStream, key: str, keys: list[int], uid: str) -> K
     columns = ", ".join(f"`{name}`" for name in INBOUND.get_field_names()[:-1])
     literal = ", ".join(map(str, keys))
     query = (
-        f"SELECT ARRAY[{literal}][CAST(MOD({_number_of(key)}, {len(keys)}) AS INT) + 1] AS `shard`, "
+        f"SELECT ARRAY[{literal}][CAST(MOD({_number_of(key, len(keys))}, {len(keys)}) AS INT) + 1] AS `shard`, "
         f"ROW({columns}) AS `record`, `rowtime` FROM {rows}"
     )
     with table_uids(tables, f"{uid}-key"):
@@ -126,16 +126,18 @@ def _keyed_in_java(stream: DataStream, key: str, keys: list[int], uid: str) -> K
     return KeyedStream(by._j_data_stream.keyBy(selector, key_type), _KEYED, by)
 
 
-def _number_of(field: str) -> str:
+def _number_of(field: str, shards: int) -> str:
     """SQL for what `shard_of` takes the remainder of: the first 32 bits of a SHA-256.
 
     It is that of a JSON field, or of `Arrival.place` where there is none: broken records are spread. Those of no
-    place are not.
+    place are not. Flink works the digest out anew for each hexadecimal digit it is asked for, the record's JSON
+    included: digits that the remainder does not depend on are left out, of 16 shards all but one.
     """
     place = "CONCAT(`topic`, '/', CAST(`partition` AS STRING), '/', CAST(`offset` AS STRING))"
     digest = f"SHA256(COALESCE(JSON_VALUE(CAST(`value` AS STRING), '$.{field}'), {place}, ''))"
-    digits = [f"POSITION(SUBSTRING({digest}, {i + 1}, 1) IN '123456789abcdef')" for i in range(8)]
-    return " + ".join(f"CAST({digit} AS BIGINT) * {16 ** (7 - i)}" for i, digit in enumerate(digits))
+    weights = {i: 16 ** (7 - i) % shards for i in range(8)}
+    digits = {i: f"POSITION(SUBSTRING({digest}, {i + 1}, 1) IN '123456789abcdef')" for i in range(8)}
+    return " + ".join(f"CAST({digits[i]} AS BIGINT) * {weight}" for i, weight in weights.items() if weight) or "0"
 
 
 class _Arrive(ProcessFunction):  # type: ignore[misc]
@@ -177,13 +179,14 @@ def _stamp(timestamp: int | None) -> int | None:
 
 def _inbound(row: Any, timestamp: int | None) -> Arrival:
     """A row of `INBOUND`'s fields, in their order."""
+    kafka_key, value, headers, topic, partition, offset, *_ = row  # each by its index would be a call in Python
     return Arrival(
-        kafka_key=row[0],
-        value=row[1],
-        headers=row[2] or {},
-        topic=row[3],
-        partition=row[4],
-        offset=row[5],
+        kafka_key=kafka_key,
+        value=value,
+        headers=headers or {},
+        topic=topic,
+        partition=partition,
+        offset=offset,
         from_kafka=True,
         timestamp=_stamp(timestamp),
     )

@@ -50,6 +50,11 @@ class CallInfo:
     and what still runs.
     """
 
+    __slots__ = (
+        "counts", "job", "key", "last_generation", "open_generations", "operator", "priority", "remaining",
+        "request_id", "session_id", "tasks",
+    )  # fmt: skip
+
     def __init__(
         self,
         *,

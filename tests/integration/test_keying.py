@@ -9,7 +9,7 @@ from flink_llm.arrivals import shard_of
 from flink_llm.udfs.keying import _number_of
 
 
-@pytest.mark.parametrize("shards", [16, 24])
+@pytest.mark.parametrize("shards", [1, 16, 24, 256])
 def test_sql_finds_the_shard_of_any_key(shards):
     keys = ["", "a", "sess-1", "Grüße 你好 😀", 'it\'s "quoted"', "x" * 5000, 0, -7, 2**63, "\u0000", "1.0"]
     written = [json.dumps({"n": {"k": "no"}, "k": key}, ensure_ascii=escaped) for key in keys for escaped in (0, 1)]
@@ -28,6 +28,6 @@ def found(values, shards):
     texts = ["CAST(NULL AS BYTES)" if value is None else f"X'{value.encode().hex()}'" for value in values]
     rows = ", ".join(f"('t', 3, {i}, {text})" for i, text in enumerate(texts))
     records = f"(VALUES {rows}) AS records(`topic`, `partition`, `offset`, `value`)"
-    query = f"SELECT `offset`, MOD({_number_of('k')}, {shards}) FROM {records}"
+    query = f"SELECT `offset`, MOD({_number_of('k', shards)}, {shards}) FROM {records}"
     with tables.execute_sql(query).collect() as results:
         return [shard for _, shard in sorted(tuple(row) for row in results)]
