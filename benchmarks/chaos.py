@@ -43,7 +43,7 @@ def measure(
             run = Run(stack, sender, checker, records)
             cold_start = run.cold_start()
             tell(f"cold start {cold_start:.1f} s" + ("" if stack.redis else "; no redis-server: features from sqlite"))
-            tell(_line("scenario", *_COLUMNS, *_COUNTS, "fenced", "not_committed"))
+            tell(_line("scenario", *_COLUMNS, *_COUNTS, "fenced", "not_committed", "orphans"))
             for name in names:
                 if name in REDIS and not stack.redis:
                     tell(f"{name} left out: redis-server is not installed")
@@ -64,14 +64,13 @@ def _summary(rows: Sequence[Row], cold_start: float) -> dict[str, Any]:
         "in_flight_at_blow_min": min((row.in_flight for row in rows), default=0),
         "recovery_s": recovery,
         "blows": sum(row.blows for row in rows),
+        "orphans": sum(row.orphans for row in rows),
     }
 
 
 def _told(row: Row) -> str:
-    counts = msgspec.structs.astuple(row.tally)
-    return _line(
-        row.scenario, row.blows, row.in_flight, f"{row.recovery_s:.1f}", *counts, row.fenced, row.not_committed
-    )
+    counts = (*msgspec.structs.astuple(row.tally), row.fenced, row.not_committed, row.orphans)
+    return _line(row.scenario, row.blows, row.in_flight, f"{row.recovery_s:.1f}", *counts)
 
 
 def _line(first: str, *others: object) -> str:
@@ -79,10 +78,10 @@ def _line(first: str, *others: object) -> str:
 
 
 def bars_met(found: dict[str, Any]) -> bool:
-    """Whether nothing was lost or doubled, and recovery took no longer than it may."""
+    """Whether nothing was lost or doubled, no worker is left over, and recovery took no longer than it may."""
     cold = found["cold_start_s"]
     return (
-        not any(found[name] for name in _COUNTS if name != "requests")
+        not any(found[name] for name in (*_COUNTS, "orphans") if name != "requests")
         and found["in_flight_at_blow_min"] >= 100
         and (found["worker_recovery_s"] or 0) <= max(10, 2 * cold)
         and (found["taskmanager_recovery_s"] or 0) <= max(30, 3 * cold)

@@ -93,7 +93,7 @@ class Call:
 
     __slots__ = (
         "admitted", "arrival", "arrived_ms", "attempt", "clock", "committed_state", "emitted", "ended", "expires_at",
-        "identity", "info", "key", "outcome", "priority", "repeats", "reply_to",
+        "identity", "info", "key", "outcome", "priority", "rank", "repeats", "reply_to",
         "request", "request_id", "restored", "retried", "sent", "sequence", "shard", "task", "timestamp", "watch",
     )  # fmt: skip
 
@@ -118,6 +118,7 @@ class Call:
         self.emitted = 0  # counted by the loop thread alone, `sent` by Flink's alone
         self.sent = 0
         self.admitted: tuple[int, float, float] | None = None  # ahead of it then, seconds left, when
+        self.rank: float | None = None  # among those in flight
         self.ended = False
         self.expires_at: float | None = None
         self.clock: Callable[[], float] = lambda: 0.0

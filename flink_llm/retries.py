@@ -12,6 +12,8 @@ BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 5.0
 OVERLOADED_S, OVERLOADED_LIMIT_S = 0.01, 1.0
 """Whoever has no room says when to come back: what is added to that is small."""
 JITTER = 0.5
+drawn = random.Random().uniform
+"""A number between two. Not `random.uniform`: a handler that seeds that would have all workers come back in step."""
 INFRASTRUCTURE = (Outage, ConnectionError, MemoryError)
 """What is an outage: no fault of the record, whoever raises it."""
 
@@ -20,7 +22,7 @@ def wait_before(
     error: BaseException,
     attempt: int,
     left: float | None = None,
-    draw: Callable[[float, float], float] = random.uniform,
+    draw: Callable[[float, float], float] = drawn,
 ) -> float | None:
     """Seconds before the next try after `attempt` tries that failed, the last of them with `error`.
 

@@ -26,7 +26,7 @@ from flink_llm.inbox import Inbox
 from flink_llm.leaks import Leaks
 from flink_llm.places import Places
 from flink_llm.retries import INFRASTRUCTURE, wait_before
-from flink_llm.shedding import Shedder
+from flink_llm.shedding import Shedding
 from flink_llm.turns import Repeats, Turns
 from flink_llm.watching import current_watch
 
@@ -82,9 +82,7 @@ class Runner:
             name=self.name,
             metrics=self.metrics,
         )
-        self._shedder = Shedder() if settings.shed else None
-        self._submitted = 0  # counted by the main thread alone, `_ended` by the loop's
-        self._ended = 0
+        self._shedding = Shedding() if settings.shed else None
         self._running = 0
         self._ready: deque[tuple[Call, Lane | None]] = deque()
         self._closing = False
@@ -105,7 +103,8 @@ class Runner:
         """Takes a place, waiting for one if asked to, and starts the call. Raises what the loop cannot go on from."""
         if self._fatal is not None:
             raise self._fatal
-        self._submitted += 1
+        if self._shedding is not None:
+            call.rank = self._shedding.join(self.clock.now(), call.priority)
         if wait and not self.places.room:
             self.inbox.wake()  # whoever ends next may be waiting there
         self.places.take(wait=wait)
@@ -113,7 +112,7 @@ class Runner:
 
     def refusal(self, call: Call) -> Failed | None:
         """Why a record that has just come is refused, None for one that is to be submitted."""
-        if self._shedder is None or (self.settings.on_outage == "wait" and self._services.outage_since is not None):
+        if self._shedding is None or (self.settings.on_outage == "wait" and self._services.outage_since is not None):
             return None
         try:
             left = call.time_left(self.settings.deadline, self.wall() * 1000, since_ms=call.timestamp)
@@ -121,11 +120,12 @@ class Runner:
             return None
         if left is None:
             return None
-        ahead = self._submitted - self._ended
-        if self._shedder.refuses(ahead, left):
-            took = self._shedder.estimate(ahead)
+        now = self.clock.now()
+        ahead, shedder = self._shedding.ahead(now, call.priority), self._shedding.shedder(call.priority)
+        if shedder.refuses(ahead, left):
+            took = shedder.estimate(ahead)
             return Failed("shed", f"{left:.3g} s were left, and the answer would have taken about {took:.3g} s")
-        call.admitted = ahead, left, self.clock.now()
+        call.admitted = ahead, left, now
         return None
 
     def check(self) -> None:
@@ -333,7 +333,6 @@ class Runner:
         call.ended = True
         call.outcome = outcome
         call.watch.ended()
-        self._ended += 1
         self._learn(call, outcome)
         if call.task is not None:
             self._running -= 1
@@ -346,10 +345,14 @@ class Runner:
 
     def _learn(self, call: Call, outcome: Outcome) -> None:
         """What the call took tells what others will; what fails at once tells nothing."""
-        if self._shedder is not None and call.admitted is not None:
+        if self._shedding is None:
+            return
+        if call.rank is not None:
+            self._shedding.leave(call.rank)
+        if call.admitted is not None:
             ahead, left, since = call.admitted
             if isinstance(outcome, Result) or outcome.code in ("deadline", "overloaded"):
-                self._shedder.answered(ahead, self.clock.now() - since, left)
+                self._shedding.shedder(call.priority).answered(ahead, self.clock.now() - since, left)
 
     def _hand_over(self, calls: list[Call]) -> None:
         if not calls:

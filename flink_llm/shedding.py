@@ -4,7 +4,15 @@ A service under load answers its n-th waiting record after about n times what on
 works on at a time. So for each record that was answered two numbers are kept: how many were in flight when
 it came, itself included, and how long it then took. Their ratio says what a record in flight costs; where a
 longer queue was seen to cost more than that, more is expected of a queue that is longer still.
+
+In flight before a record are those that the host serves before it, by priority and age. What that costs is
+learnt for each priority by itself: whoever comes later overtakes the low ones alone.
 """
+
+from bisect import bisect_left, bisect_right
+from threading import Lock
+
+from flink_llm.priorities import LANES, lane_of, rank_of
 
 WEIGHT = 1 / 16
 """Of the latest record in the moving means."""
@@ -58,3 +66,33 @@ class Shedder:
         self._line = self._ahead, cost, min(max(cost, slope), STEEPEST * cost)
         late = took > left
         self._margin = min(self._margin + LATE, MARGIN_MOST) if late else max(self._margin - IN_TIME, MARGIN)
+
+
+class Shedding:
+    """Who is in flight, in the order in which a host serves them, and what each priority has learnt. Any thread may
+    call it."""
+
+    def __init__(self) -> None:
+        self._shedders = [Shedder() for _ in range(LANES)]
+        self._ranks: list[float] = []
+        self._lock = Lock()
+
+    def shedder(self, priority: int) -> Shedder:
+        """What records of this priority have learnt."""
+        return self._shedders[lane_of(priority)]
+
+    def ahead(self, now: float, priority: int) -> int:
+        """How many are served before a record that comes now."""
+        return bisect_right(self._ranks, rank_of(now, priority))
+
+    def join(self, now: float, priority: int) -> float:
+        """A record comes; its rank, to `leave` with."""
+        rank = rank_of(now, priority)
+        with self._lock:
+            self._ranks.insert(bisect_right(self._ranks, rank), rank)
+        return rank
+
+    def leave(self, rank: float) -> None:
+        """One of this rank has ended."""
+        with self._lock:
+            del self._ranks[bisect_left(self._ranks, rank)]

@@ -45,10 +45,10 @@ class Stage:
         )
         self.said: Said = []
 
-    def add(self, text: str = "hello", *, deadline: float | None = None, **options: Any) -> Job:
+    def add(self, text: str = "hello", *, deadline: float | None = None, priority: int = 5, **options: Any) -> Job:
         work = Submit(
             call=0, model="", kind="generate" if self.kind == "decoder" else "embed", work="w", request_id="r",
-            prompt=text, text=text, deadline=deadline, options=Options(**options),
+            prompt=text, text=text, deadline=deadline, priority=priority, options=Options(**options),
         )  # fmt: skip
         job = Job(work, "g", lambda event: None, self.model.metrics.request(5))
         self.model.add(job)
@@ -105,6 +105,15 @@ def test_a_text_that_would_be_read_too_late_is_refused(embeds: Path) -> None:
     stage.add(deadline=51.0)
     stage.step()
     assert stage.value("requests_total", outcome="stop") == 3
+
+
+def test_a_text_is_judged_by_those_that_are_read_before_it(embeds: Path) -> None:
+    stage = Stage(embeds)
+    stage.model._pace.took(50.0)
+    stage.add("low", priority=9)
+    with pytest.raises(Overloaded, match=r"the wait is about 50\.0 s"):
+        stage.add("low as well", deadline=1.0, priority=9)
+    stage.add("high", deadline=1.0, priority=0)
 
 
 @pytest.mark.parametrize(

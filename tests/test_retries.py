@@ -1,6 +1,7 @@
 """How long a call waits before another try, and what becomes of one that a handler calls worth it."""
 
 import pickle
+import random
 import time
 
 from hypothesis import given
@@ -22,9 +23,9 @@ errors = st.one_of(
 
 
 @given(errors, st.integers(1, 10_000), st.none() | st.floats(0, 600), st.randoms(use_true_random=False))
-def test_a_wait_is_bounded_fits_and_heeds_what_it_was_told(error, attempt, left, random):
+def test_a_wait_is_bounded_fits_and_heeds_what_it_was_told(error, attempt, left, chance):
     told = getattr(error, "retry_after", 0.0)
-    delay = wait_before(error, attempt, left, random.uniform)
+    delay = wait_before(error, attempt, left, chance.uniform)
     if delay is None:
         assert left <= told + BACKOFF_S
     else:
@@ -38,6 +39,14 @@ def test_waits_double_and_are_drawn():
     assert highest == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
     assert wait_before(Overloaded("", 10), 1, draw=lambda low, high: high) > 14
     assert wait_before(Outage(""), 1) != wait_before(Outage(""), 1)
+
+
+def test_a_seed_of_the_handlers_does_not_bring_all_workers_back_in_step():
+    drawn = []
+    for _ in range(2):
+        random.seed(1)
+        drawn.append([wait_before(Outage(""), attempt) for attempt in range(1, 9)])
+    assert drawn[0] != drawn[1]
 
 
 class Flaky(AsyncUdf):

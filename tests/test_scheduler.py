@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flink_llm.engine.pace import RETRY_S, RETRY_UNKNOWN_S, SMOOTH
-from flink_llm.engine.scheduler import AGEING_S, DELAY_MOST, HOLD_S, HOLD_SHARE, LANES, SPREAD, Entry, Scheduler, Tempo
+from flink_llm.engine.scheduler import DELAY_MOST, HOLD_S, HOLD_SHARE, SPREAD, Entry, Scheduler, Tempo
 from flink_llm.errors import Overloaded
+from flink_llm.priorities import AGEING_S, LANES
 
 CHUNK = 8
 EVENTS = st.lists(

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from flink_llm.call import OperatorSettings
 from flink_llm.handler import AsyncUdf
-from flink_llm.shedding import Shedder
+from flink_llm.priorities import rank_of
+from flink_llm.shedding import Shedder, Shedding
 from flink_llm.testing import FakeServices, Harness, Script
 
 
@@ -75,6 +76,60 @@ def test_a_burst_of_ten_times_the_rate(service, deadline, seed):
     assert len(burst) / 29 > 0.95 * 50  # nothing of what the service can do is given away
     refused_else = sum(took is None for at, took in outcomes if at < 30 or at > 60 + 2 * deadline)
     assert refused_else <= 0.01 * len(outcomes)
+
+
+def simulate_lanes(rates, until, deadline, seed, *, slots=16, slowest=0.48):
+    """By priority: how long each took, None for who was refused. A service serves by rank, the late as well."""
+    draw, shedding, now, number = random.Random(seed), Shedding(), 0.0, 0
+    waiting, serving, outcomes = [], [], {priority: [] for priority in rates(0)}
+
+    def serve():
+        while waiting and len(serving) < slots:
+            _, _, who = heapq.heappop(waiting)
+            heapq.heappush(serving, (now + draw.uniform(slowest / 3, slowest), *who))
+
+    while now < until:
+        due = now + draw.expovariate(sum(rates(now).values()))
+        while serving and serving[0][0] <= due:
+            now, _, at, priority, ahead, rank = heapq.heappop(serving)
+            shedding.leave(rank)
+            shedding.shedder(priority).answered(ahead, now - at, deadline)
+            outcomes[priority].append((at, now - at))
+            serve()
+        now, number = due, number + 1
+        (priority,) = draw.choices(list(rates(now)), list(rates(now).values()))
+        ahead = shedding.ahead(now, priority)
+        if shedding.shedder(priority).refuses(ahead, deadline):
+            outcomes[priority].append((now, None))
+            continue
+        rank = shedding.join(now, priority)
+        heapq.heappush(waiting, (rank_of(now, priority), number, (number, now, priority, ahead, rank)))
+        serve()
+    return outcomes
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("deadline", [1.0, 2.0])
+def test_a_burst_of_low_priority_takes_nothing_from_the_high(deadline, seed):
+    def rates(now):
+        return {0: 10, 9: 500 if 30 <= now < 60 else 25}
+
+    outcomes = simulate_lanes(rates, 90, deadline, seed)
+    high = [took for at, took in outcomes[0] if at >= 5]  # before, the first answers stand for all
+    assert sum(took is not None and took <= deadline for took in high) / len(high) >= 0.98
+    low = [took for _, took in outcomes[9] if took is not None]
+    assert sum(took <= deadline for took in low) / len(low) >= 0.97
+    assert sum(31 <= at < 60 for at, took in outcomes[9] if took is not None) / 29 > 0.9 * 40
+
+
+def test_ahead_are_those_of_ones_own_priority_or_above_and_who_has_aged():
+    shedding = Shedding()
+    ranks = [shedding.join(0.0, priority) for priority in (5, 0, 5, 9, 4)]
+    assert [shedding.ahead(0.0, priority) for priority in (0, 4, 5, 9)] == [1, 2, 4, 5]
+    assert shedding.ahead(10.1, 0) == 4, "what is five steps lower has waited for five steps"
+    for rank in ranks:
+        shedding.leave(rank)
+    assert shedding.ahead(0.0, 9) == 0
 
 
 def test_who_has_nobody_ahead_is_taken_whatever_was_seen():

@@ -24,6 +24,7 @@ from pyflink.table.udf import FunctionContext, ScalarFunction, udf
 from flink_llm import config
 from flink_llm.call import Failed, Outcome, Result
 from flink_llm.errors import ConfigError
+from flink_llm.orphans import end_with_task_manager
 from flink_llm.services import ServiceSettings, open_services
 from flink_llm.udfs import answers
 from flink_llm.udfs.arguments import rows_of
@@ -72,6 +73,7 @@ class _Function(ScalarFunction):  # type: ignore[misc]
         self._schema = schema
 
     def open(self, function_context: FunctionContext) -> None:
+        end_with_task_manager()
         services, job = self._services, "sql"
         if services is None:
             settings = _configured(function_context)

@@ -28,7 +28,11 @@ Blow = Callable[[Stack], None]
 
 
 class Row(Struct, kw_only=True):
-    """A scenario's line of the table. `recovery_s` is the longest time from a blow to the first new outcome."""
+    """A scenario's line of the table.
+
+    `recovery_s` is the longest time from a blow to the first new outcome, `orphans` are Python workers that have
+    outlived their task manager.
+    """
 
     scenario: str
     blows: int
@@ -37,6 +41,7 @@ class Row(Struct, kw_only=True):
     tally: Tally
     fenced: int
     not_committed: int
+    orphans: int
 
 
 def kill(part: str) -> Blow:
@@ -155,7 +160,7 @@ class Run:
         fenced, not_committed = self._logged()
         return Row(
             scenario=name, blows=len(recoveries), in_flight=min(in_flight), recovery_s=max(recoveries), tally=tally,
-            fenced=fenced, not_committed=not_committed,
+            fenced=fenced, not_committed=not_committed, orphans=len(self._stack.orphans()),
         )  # fmt: skip
 
     def _loaded(self, name: str) -> int:

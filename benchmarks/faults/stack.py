@@ -26,6 +26,7 @@ from flink_llm.flink_settings import FlinkSettings
 from flink_llm.local import demo_job, processes
 from flink_llm.local.broker import Broker, create_topics
 from flink_llm.local.cluster import Cluster
+from flink_llm.orphans import WORKER
 from flink_llm.testing import Script
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,6 @@ class Stack:
         self.topics = {name: f"chaos.{name}" for name in ("requests", "responses", "tokens", "failures")}
         self._kafka_proxy = kafka_proxy
         self._own: dict[str, subprocess.Popen[bytes]] = {}
-        self._workers: list[psutil.Process] = []
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> "Stack":
@@ -107,7 +107,7 @@ class Stack:
             self.start("redis")
         self.settings = self._settings()
         closing.enter_context(_importable())
-        closing.callback(self._end_workers)
+        closing.callback(self._end_host)
         closing.callback(self.cluster.down)
         self.cluster.up()
 
@@ -162,12 +162,23 @@ class Stack:
             found = self.cluster.process(part)
         return [found] if found else []
 
+    def orphans(self) -> list[psutil.Process]:
+        """Python workers that have outlived their task manager."""
+        below = {worker.pid for worker in self.cluster.python_workers()}
+        conf = str(self.folder / "cluster" / "conf")
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                ours = WORKER in process.cmdline() and process.environ().get("FLINK_CONF_DIR") == conf
+                if ours and process.pid not in below:
+                    found.append(process)
+        return found
+
     def signal(self, part: str, signum: int) -> None:
         """Sends a signal to all processes of a part. Raises RuntimeError where there is none."""
         found = self.processes(part)
         if not found:
             raise RuntimeError(f"there is no {part} to strike")
-        self._workers += self.cluster.python_workers()  # they may outlive their task manager
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signum)
@@ -238,9 +249,9 @@ class Stack:
             process.kill()
             process.wait()
 
-    def _end_workers(self) -> None:
-        """The model host, and workers whose task manager was killed."""
-        for process in [*self._workers, *self.processes("host"), *_with_argument(str(self.folder))]:
+    def _end_host(self) -> None:
+        """The model host, and whatever else names this folder."""
+        for process in [*self.processes("host"), *_with_argument(str(self.folder)), *self.orphans()]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
 

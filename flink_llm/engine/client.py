@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import time
 from contextvars import Context
 from functools import partial
@@ -22,6 +21,7 @@ from flink_llm.engine.protocol import Engine, Fault, Load, Loaded, Submit
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import Events
 from flink_llm.errors import ModelFolderError, Outage
+from flink_llm.retries import drawn
 
 log = logging.getLogger(__name__)
 BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 2.0
@@ -133,7 +133,7 @@ class HostClient:
                 level = logging.DEBUG if attempt % TOLD_EVERY else logging.WARNING
                 log.log(level, "the model host cannot be reached: %s", error)
                 limit = min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(attempt, 10))
-                await asyncio.sleep(random.uniform(0.5, 1) * limit)
+                await asyncio.sleep(drawn(0.5, 1) * limit)
                 attempt += 1
             else:
                 attempt = 0

@@ -16,11 +16,11 @@ from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.pace import Pace
 from flink_llm.engine.protocol import Done, Submit, WorkKind
-from flink_llm.engine.scheduler import AGEING_S, lane_of
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tagging import entities
 from flink_llm.engine.tokenizer import Spans, Tokenizer
 from flink_llm.errors import ModelFolderError, RecordError
+from flink_llm.priorities import rank_of
 
 DOCUMENTS = 256
 """Of one ranking: they are tokenised at once, and whatever runs meanwhile waits for that."""
@@ -56,7 +56,7 @@ class _Row:
         self.text = text
         self.key = key
         self.since = time.monotonic()
-        self.rank = self.since + lane_of(asked.job.work.priority) * AGEING_S
+        self.rank = rank_of(self.since, asked.job.work.priority)
         self.tokens: list[int] = []
         self.types: list[int] = []
         self.spans: Spans | None = None
@@ -105,10 +105,10 @@ class Encoding:
         if not rows:
             self._ready.append(asked)
             return
-        self._pace.admit(len(self._waiting), job.left(), full=len(self._waiting) >= self._queue)
+        place = bisect_right(self._waiting, rows[-1].rank, key=attrgetter("rank"))
+        self._pace.admit(place, job.left(), full=len(self._waiting) >= self._queue)
         for row in rows:
             self._tokenise(row, *query)
-        place = bisect_right(self._waiting, rows[-1].rank, key=attrgetter("rank"))
         self._waiting[place:place] = rows
 
     def step(self, said: Said) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from flink_llm.engine.scheduler import lane_of
+from flink_llm.priorities import lane_of
 
 HASH_DIGITS = 12
 """Of a model's hash, as many as tell its versions apart: the label has one value for each that is loaded."""

@@ -14,12 +14,10 @@ from typing import Generic, TypeVar
 
 from flink_llm.engine.pace import Pace
 from flink_llm.engine.slots import Slots
+from flink_llm.priorities import rank_of
 
 T = TypeVar("T")
 _RANK = attrgetter("rank")
-AGEING_S = 2.0
-"""Waiting for so long counts as one step of priority, so that no lane starves."""
-LANES = 10
 HOLD_S = 0.5
 """How long, in all, a reply that has begun may stand still while others' prompts are read in one go."""
 HOLD_SHARE = 3
@@ -38,11 +36,6 @@ SWAP_MOST = 512
 """Tokens up to which what slots hold is moved: others wait meanwhile."""
 SPREAD = 16
 """Tokens by which prompts of one run may differ in length: reading so many takes about what a run does by itself."""
-
-
-def lane_of(priority: int) -> int:
-    """The lane of a priority, 0 (first) to 9."""
-    return max(0, min(priority, LANES - 1))
 
 
 @dataclass(eq=False)
@@ -169,7 +162,7 @@ class Scheduler(Generic[T]):
         Raises Overloaded, with a time to come again, when `limit` wait already, or when its wait for a slot
         is known to be longer than what is left. While a slot is free nobody is refused.
         """
-        rank = (now + lane_of(priority) * AGEING_S, self._arrivals + 1)
+        rank = (rank_of(now, priority), self._arrivals + 1)
         ahead = bisect_left(self._queue, rank, key=_RANK)
         free = self._slots.free
         self._pace.admit(ahead + 1 - free, left, full=len(self._queue) - free >= self._limit)
