@@ -133,6 +133,7 @@ def environment(properties: dict[str, str] | None = None, *, kafka: bool = True)
     if local:
         reporters.to_class_path(properties or {})
         jars.java()  # a Configuration is an object of Flink's, and starts Java
+        os.environ.setdefault("JVM_ARGS", " ".join(jars.OPTIONS))
     configuration = Configuration()
     if local:
         leave_loopback()

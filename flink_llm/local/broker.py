@@ -141,7 +141,7 @@ class Broker:
         text = (SETTINGS + more).format(port=port, controller=processes.free_port(), data=data)
         self._config.write_text(text)
         classpath = os.pathsep.join(str(jar) for jar in jars.jars("broker"))
-        java = [jars.java()[0], "-Xmx512m", "-XX:+UseSerialGC", "-cp", classpath]
+        java = [jars.java()[0], "-Xmx512m", *jars.OPTIONS, "-cp", classpath]
         if not (data / "meta.properties").exists():
             self._format(java)
         command = [*java, "-Dorg.slf4j.simpleLogger.showDateTime=true", "kafka.Kafka", str(self._config)]

@@ -288,7 +288,7 @@ class Cluster:
             "heartbeat.interval": 1000,
             "heartbeat.timeout": 10_000,
             "io.tmp.dirs": str(self._home / "tmp"),
-            "env.java.opts.all": f"{opened} -XX:+UseSerialGC",
+            "env.java.opts.all": " ".join([opened, *jars.OPTIONS]),
             **self._high_availability(),
             **self._properties,
         }

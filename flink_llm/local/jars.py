@@ -25,6 +25,9 @@ INSTALL = {
     "mvn": "apt-get install -y maven",
 }
 OLDEST_JAVA = 17
+OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+"""Of every Java that is started here, whose life is short and whose cores are few: collector and compiler would
+otherwise work on threads beside the job's, on the cores that Python needs (docs/adr/0027)."""
 Group = Literal["connector", "broker", "sql-client"]
 COMPLETE = ".complete"
 
