@@ -47,10 +47,12 @@ class _Product:
 
 
 class Branches:
-    """The products of a graph that adapters may change. `config` is the original's configuration."""
+    """The products of a graph that adapters may change. `config` is the original's configuration, `scales` what the
+    queries of a product, by its name, are multiplied by."""
 
-    def __init__(self, graph: ir.Graph, config: dict[str, Any]) -> None:
+    def __init__(self, graph: ir.Graph, config: dict[str, Any], scales: Mapping[str, float]) -> None:
         self._graph = graph
+        self._scales = scales
         self._products = _products(graph)
         heads = int(config["num_attention_heads"])
         size = int(config.get("head_dim") or config["hidden_size"] // heads)
@@ -83,6 +85,7 @@ class Branches:
                     )
                 below = np.zeros((len(a), there.outputs), np.float32)
                 below[:, at : at + end - begin] = b[begin:end].T
+                below[:, : self._rows["q_proj"]] *= self._scales.get(there.node.name or "", 1.0)
                 found.setdefault(product, []).append((a.T, below))
         kind = self._type.numpy()
         # In rows: safetensors writes an array's memory as it lies there.
@@ -166,15 +169,17 @@ class Branches:
         return self._graph.initializers["adapter/zero"]
 
 
-def add_adapters(path: Path, adapters: Sequence[PeftAdapter], config: dict[str, Any]) -> None:
-    """Gives the graph at `path` branches, and writes the adapters' files beside it.
+def add_adapters(
+    path: Path, adapters: Sequence[PeftAdapter], config: dict[str, Any], scales: Mapping[str, float]
+) -> None:
+    """Gives the graph at `path` branches, and writes the adapters' files beside it. `scales`: see `fold_scale`.
 
     Raises ExportError for an adapter of another model.
     """
     from safetensors.numpy import save_file
 
     model = ir.load(path)
-    branches = Branches(model.graph, config)
+    branches = Branches(model.graph, config, scales)
     pairs = [branches.pairs(adapter) for adapter in adapters]
     changed = {product for each in pairs for product in each}
     branches.add({product: tuple(_rank(each, product) for each in pairs) for product in changed})

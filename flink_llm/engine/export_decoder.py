@@ -61,10 +61,9 @@ def build_decoder(
     built = scratch / f"built-{base}{block or ''}"
     if not built.exists():
         _build(source, built, base, block)
-        if adapters:  # an adapter's own part of a query would have to be scaled as well
-            add_adapters(built / "model.onnx", adapters, source.config)
-        elif base != "fp16":
-            fold_scale(built / "model.onnx", head_dim)
+        scales = {} if base == "fp16" else fold_scale(built / "model.onnx", head_dim)
+        if adapters:
+            add_adapters(built / "model.onnx", adapters, source.config, scales)
     if isinstance(form, EightBits):
         quantize_rows(built / "model.onnx", made, form)
     else:

@@ -21,31 +21,44 @@ _Part = tuple[ir.Value, Any]
 """A matrix or vector that the graph holds, and where in it the queries are."""
 
 
-def fold_scale(path: Path, size: int) -> int:
-    """Changes the graph at `path`, of heads of this size, and its weights in place; how many attentions are changed.
+def fold_scale(path: Path, size: int) -> dict[str, float]:
+    """Changes the graph at `path`, of heads of this size, and its weights in place.
 
-    One is left as it is where what makes its queries is not understood.
+    Tells the scale by the name of each product that has it now: what is added to its queries has to have it too. An
+    attention is left as it is where what makes its queries is not understood.
     """
     model = ir.load(path)
-    changed = 0
+    scales: dict[str, float] = {}
     for node in model.graph:
         if node.op_type == "GroupQueryAttention":
-            changed += _fold(node, size, path.parent)
-    if changed:
-        ir.save(model, path)  # what lies outside of the graph's file stays where it is
-    return changed
+            scale = _fold(node, size, path.parent)
+            product = _product(node.inputs[0])
+            if scale is not None and product is not None:
+                scales[product.name or ""] = scale
+    ir.save(model, path)  # what lies outside of the graph's file stays where it is
+    return scales
 
 
-def _fold(node: ir.Node, size: int, folder: Path) -> bool:
+def _product(value: ir.Value | None) -> ir.Node | None:
+    """What makes a query; None where a norm takes away what it is scaled by."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in (*_LINEAR, "Add"):
+        before = _bias(node)[1] if node.op_type == "Add" else node.inputs[0]
+        node = before.producer() if before is not None else None
+    return node if node is not None and node.op_type in ("MatMul", "MatMulNBits") else None
+
+
+def _fold(node: ir.Node, size: int, folder: Path) -> float | None:
+    """Its scale, None where it is left as it is."""
     given = node.attributes.get("scale")
     scale = (given.as_float() if given is not None else 0.0) or size**-0.5
     parts = list(_parts(node.inputs[0], node.attributes["num_heads"].as_int() * size))
     if not parts or any(value is None or not _is_own(value) for value, _ in parts):
-        return False
+        return None
     for value, where in parts:
         _multiply(value, where, scale, folder)
     node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
-    return True
+    return scale
 
 
 def _parts(value: ir.Value | None, count: int) -> Iterator[tuple[Any, Any]]:
