@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.floating[Any]]
 _LINEAR = ("Reshape", "RotaryEmbedding")
 """What a query may pass on its way, the query being the first input."""
-_Part = tuple[ir.Value, Any]
-"""A matrix or vector that the graph holds, and where in it the queries are."""
 
 
 def fold_scale(path: Path, size: int) -> dict[str, float]:
@@ -62,7 +60,10 @@ def _fold(node: ir.Node, size: int, folder: Path) -> float | None:
 
 
 def _parts(value: ir.Value | None, count: int) -> Iterator[tuple[Any, Any]]:
-    """What a query of `count` numbers, the first of the value's, is linear in; with None for what is not known."""
+    """What a query of `count` numbers, the first of the value's, is linear in, and where in it the queries are.
+
+    None for what is not known.
+    """
     node = value.producer() if value is not None else None
     if node is None:
         yield None, None
