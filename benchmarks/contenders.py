@@ -30,7 +30,9 @@ from flink_llm.udfs.bundles import lean_bundles  # noqa: F401 — see _stock
 
 KEYS = 100_000
 """So many that calls of one key hardly meet: waiting for a turn is no cost of the operator's."""
-TIMEOUT_S = 60.0
+TIMEOUT_S = 3600.0
+"""Longer than a worker stands still between its turns: stock fails a job for a call that has timed out."""
+REMEMBER_S = 60.0
 CHECKPOINT_MS = 1000
 _VALUE = Types.ROW_NAMED(["value"], [Types.PRIMITIVE_ARRAY(Types.BYTE())])
 
@@ -160,7 +162,7 @@ def _ours(
            0 AS `partition`, `i` AS `offset`, CURRENT_ROW_TIMESTAMP() AS `time`""",
     )
     settings = OperatorSettings(
-        capacity=contender.in_flight, deadline=TIMEOUT_S, remember_s=TIMEOUT_S if contender.full else 0
+        capacity=contender.in_flight, deadline=TIMEOUT_S, remember_s=REMEMBER_S if contender.full else 0
     )
     udf = (Full if contender.full else Plain)(folder, contender)
     return apply(stream, udf, key="session_id", uid="ours", settings=settings).results

@@ -119,7 +119,12 @@ class Field:
             time.sleep(seconds)
         else:
             samples.record(self._workers[name], seconds, sampled)
-        os.kill(self._workers[name], signal.SIGSTOP)
+        try:
+            os.kill(self._workers[name], signal.SIGSTOP)
+        except ProcessLookupError as error:
+            entries = self.cluster.rest(f"/jobs/{self._jobs[name]}/exceptions")["exceptionHistory"]["entries"]
+            told = entries[0]["stacktrace"][:4000] if entries else "no reason given"
+            raise RuntimeError(f"the worker of {name} has ended: {told}") from error
         return Turn(name, began, time.time())
 
     def counts(self) -> dict[str, dict[int, dict[int, int]]]:

@@ -5,7 +5,9 @@ of the machine has the port reads all of these files when it is asked, so that t
 workers, however many there are and however they come and go (docs/adr/0021).
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -54,8 +57,7 @@ class Shared:
     def __init__(self, latencies: Latencies, folder: Path, labels: dict[str, str]) -> None:
         self._latencies = latencies
         self._labels = labels
-        name = hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest()[:16]
-        self._file = folder / f"{name}-{os.getpid()}.json"
+        self._file = folder / f"{_digest(labels)}-{os.getpid()}.json"
         self._since = time.time()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flink-llm latencies", daemon=True)
@@ -130,13 +132,21 @@ def _cumulated(counts: list[int]) -> list[tuple[str, float]]:
 
 
 class StageExporter:
-    """Tells the latencies of one subtask at `host:port`, with those of the machine's other workers."""
+    """Tells the latencies of one subtask at `host:port`, with those of the machine's other workers.
 
-    def __init__(self, host: str, port: int, labels: dict[str, str], *, folder: Path | None = None) -> None:
+    `labels` are all but the subtask's, which is the lowest number that is free on this machine where it is None.
+    """
+
+    def __init__(
+        self, host: str, port: int, labels: dict[str, str], *, subtask: str | None = None, folder: Path | None = None
+    ) -> None:
         folder = folder or socket_folder(HostSettings()) / f"latencies-{port}"
         folder.mkdir(mode=0o700, exist_ok=True)
         self.latencies = Latencies()
-        self._shared = Shared(self.latencies, folder, labels)
+        self._number: FileLock | None = None
+        if subtask is None:
+            subtask, self._number = _free_number(folder / _digest(labels))
+        self._shared = Shared(self.latencies, folder, {**labels, "subtask": subtask})
         registry = CollectorRegistry()
         registry.register(SharedLatencies(folder))
         self._endpoint = MetricsEndpoint(registry, host, port, told=_TAKEN)
@@ -150,3 +160,19 @@ class StageExporter:
         """Ends it; another worker takes the port over."""
         self._shared.stop()
         self._endpoint.stop()
+        if self._number is not None:
+            self._number.release()
+
+
+def _free_number(stem: Path) -> tuple[str, FileLock]:
+    """A number, and the lock that keeps it until this process ends: a worker after it takes it over."""
+    for number in itertools.count():
+        lock = FileLock(f"{stem}-{number}.lock")
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0)
+            return str(number), lock
+    raise AssertionError("numbers do not end")
+
+
+def _digest(labels: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest()[:16]

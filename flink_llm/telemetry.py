@@ -51,8 +51,13 @@ class Telemetry:
         return arrival, CallWatch(self, at, span)
 
 
-def open_telemetry(settings: TelemetrySettings, *, job: str, operator: str, subtask: int) -> Telemetry | None:
-    """What the settings ask for, None where that is nothing. Raises ConfigError."""
+def open_telemetry(
+    settings: TelemetrySettings, *, job: str, operator: str, subtask: int | None = None
+) -> Telemetry | None:
+    """What the settings ask for, None where that is nothing. Raises ConfigError.
+
+    A subtask that does not know its number gets one of those that are free on this machine.
+    """
     if settings.metrics_port is None and settings.traces is None:
         return None
     exporter = tracing = None
@@ -61,8 +66,9 @@ def open_telemetry(settings: TelemetrySettings, *, job: str, operator: str, subt
     if settings.metrics_port is not None:
         from flink_llm.stages import StageExporter  # and Prometheus' client, only where it is to tell
 
-        labels = {"job": job, "operator": operator, "subtask": str(subtask)}
-        exporter = StageExporter(settings.metrics_host, settings.metrics_port, labels)
+        labels = {"job": job, "operator": operator}
+        number = None if subtask is None else str(subtask)
+        exporter = StageExporter(settings.metrics_host, settings.metrics_port, labels, subtask=number)
     latencies = None if exporter is None else exporter.latencies
     return Telemetry(latencies, tracing, operator=operator, exporter=exporter)
 

@@ -21,6 +21,9 @@ from flink_llm.call import Call, Failed, OperatorSettings, Outcome
 from flink_llm.errors import ConfigError, Outage, RecordError
 from flink_llm.handler import AsyncUdf, CallContext, Context, Services
 from flink_llm.runner import Runner
+from flink_llm.telemetry import open_telemetry
+from flink_llm.telemetry_settings import TelemetrySettings
+from flink_llm.watching import NOBODY, Watch
 
 log = logging.getLogger(__name__)
 
@@ -114,24 +117,32 @@ class Batches:
     """Runs one function for one subtask. `start`, then `answer` from one thread, `close` at the end.
 
     `kind` is what the first argument of a row names, a method of `Context`. `name` is the function's, in
-    logs and in what its work is found again by.
+    logs and in what its work is found again by. Raises ConfigError for telemetry that cannot be had.
     """
 
-    def __init__(self, name: str, kind: str, function: RowFunction, services: Services, job: str) -> None:
+    def __init__(
+        self, name: str, kind: str, function: RowFunction, services: Services, job: str,
+        telemetry: TelemetrySettings | None = None,
+    ) -> None:  # fmt: skip
         self._name = name
         self._kind = kind
         self._handler = type(name, (_Handler,), {})(function)  # logs name a handler by its class
         settings = OperatorSettings(job=job, operator=f"sql.{name}", capacity=AT_ONCE, deadline=None, remember_s=0)
+        self._telemetry = open_telemetry(telemetry or TelemetrySettings(), job=job, operator=settings.operator)
         self._runner = Runner(self._handler, services, settings)
         self.metrics = self._runner.metrics
 
     def start(self) -> None:
         """Raises FlinkLlmError."""
+        if self._telemetry is not None:
+            self._telemetry.start()
         self._runner.start()
 
     def close(self) -> None:
         """Ends what runs and lets go of models and features."""
         self._runner.close()
+        if self._telemetry is not None:
+            self._telemetry.stop()
 
     def answer(self, rows: Sequence["Row | RecordError | None"], *, fixed: bool) -> list[Outcome | None]:
         """The outcome of each row in its place, when all have one; None stays None, an error is a failure.
@@ -151,13 +162,20 @@ class Batches:
                 calls[row] = self._call(batch, len(calls), row)
                 self._runner.submit(calls[row], wait=False)
         self._wait(batch, lambda: len(batch.events) == len(calls))
+        for call in calls.values():
+            call.watch.emitted(call)
         outcomes = [_outcome(row, calls) for row in rows]
         self._count(outcomes)
         return outcomes
 
     def _call(self, batch: Any, number: int, row: Row) -> Call:
         arrival = Arrival(key="", element=list(row.arguments))
-        return Call(batch, number, arrival, row, int(time.time() * 1000))
+        watch: Watch = NOBODY
+        if self._telemetry is not None:
+            arrival, watch = self._telemetry.arrived(arrival)
+        call = Call(batch, number, arrival, row, int(time.time() * 1000))
+        call.watch = watch
+        return call
 
     def _wait(self, batch: _Batch, there: Callable[[], bool]) -> None:
         while not there():

@@ -26,13 +26,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from apache_beam.portability.api import beam_fn_api_pb2
-from apache_beam.runners.worker import bundle_processor, sdk_worker, statesampler
+from apache_beam.runners.worker import bundle_processor, sdk_worker, statesampler, worker_id_interceptor
 from pyflink.datastream.functions import RuntimeContext
 from pyflink.datastream.state import MapStateDescriptor
 from pyflink.fn_execution.state_impl import CachingMapStateHandler, IterateType
 from pyflink.version import __version__ as flink_version
 
 from flink_llm.errors import FlinkLlmError
+from flink_llm.udfs.state_stream import StateStream
 
 
 def lean_bundles() -> None:
@@ -59,6 +60,7 @@ def _stop(sampler: Any) -> None:
     sampler.finished = True
 
 
+_processing = threading.local()  # `worker`: whose bundle this thread is at
 _plain_process_bundle: Any = sdk_worker.SdkWorker.process_bundle
 
 
@@ -68,6 +70,7 @@ def _process_bundle(worker: Any, request: Any, instruction_id: str) -> Any:
     for outbox in outboxes:
         outbox.begin(instruction_id)
     kept: list[Any] = []
+    _processing.worker = worker
     try:
         response = _plain_process_bundle(worker, request, instruction_id)
     finally:
@@ -259,29 +262,48 @@ class _Sent:
 
 
 class _Writes:
-    """A state handler that does not wait for the answers to its writes. Reads and clears go through."""
+    """A state handler whose writes are sent together, by a way of their own once it is known where to. Reads and
+    clears go through."""
 
     def __init__(self, handler: Any) -> None:
         self._handler = handler
-        self._open: list[Any] = []
+        self._open: list[tuple[Any, bytes]] = []
+        self._stream: StateStream | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handler, name)
 
     def append_raw(self, state_key: Any, data: bytes) -> _Sent:
-        """Sends a write."""
-        self._open.append(self._handler.append_raw(state_key, data))
+        """Keeps a write until `wait`."""
+        self._open.append((state_key, data))
         return _SENT
 
     def wait(self) -> None:
         """Until all writes are done. Raises RuntimeError: one was refused, or the connection is lost."""
-        sent, self._open = self._open, []
+        writes, self._open = self._open, []
+        if not writes:
+            return
+        if self._stream is None:
+            self._stream = self._found()
+        if self._stream is not None:
+            self._stream.write(self._handler._context.process_instruction_id, writes)
+            return
+        sent = [self._handler.append_raw(*write) for write in writes]
         for answer in reversed(sent):  # answers come in order: one wait, not a dozen
             while not answer.wait(timeout=1):
                 if self._handler._exception or self._handler._done:
                     raise RuntimeError("the connection to Flink's state is lost") from self._handler._exception
             if answer.get().error:
                 raise RuntimeError(answer.get().error)
+
+    def _found(self) -> StateStream | None:
+        """To where the handler that reads has its connection; None in the first bundle, which began unobserved."""
+        worker = getattr(_processing, "worker", None)
+        if worker is None:
+            return None
+        handlers = worker.bundle_processor_cache.state_handler_factory._state_handler_cache
+        found = [url for url, handler in handlers.items() if handler._underlying is self._handler]
+        return StateStream(found[0], worker_id_interceptor.WorkerIdInterceptor._worker_id) if found else None
 
 
 _SENT = _Sent()

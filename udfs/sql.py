@@ -24,8 +24,10 @@ from pyflink.table.udf import FunctionContext, ScalarFunction, udf
 from flink_llm import config
 from flink_llm.call import Failed, Outcome, Result
 from flink_llm.errors import ConfigError
+from flink_llm.logs import shape_logs
 from flink_llm.orphans import end_with_task_manager
 from flink_llm.services import ServiceSettings, open_services
+from flink_llm.telemetry_settings import TelemetrySettings
 from flink_llm.udfs import answers
 from flink_llm.udfs.arguments import rows_of
 from flink_llm.udfs.batches import Batches, RowFunction
@@ -65,24 +67,30 @@ class _Function(ScalarFunction):  # type: ignore[misc]
     """A function as Flink calls it; `shape` makes its value of an answer or a failure."""
 
     def __init__(
-        self, signature: Signature, shape: Callable[[Outcome], Any], services: Any, schema: str | None = None
-    ) -> None:
+        self, signature: Signature, shape: Callable[[Outcome], Any], services: Any, schema: str | None = None,
+        telemetry: TelemetrySettings | None = None,
+    ) -> None:  # fmt: skip
         self._signature = signature
         self._shape = shape
         self._services = services
         self._schema = schema
+        self._telemetry = telemetry
 
     def open(self, function_context: FunctionContext) -> None:
         end_with_task_manager()
-        services, job = self._services, "sql"
+        services, telemetry, job = self._services, self._telemetry, "sql"
         if services is None:
             settings = _configured(function_context)
             services = ServiceSettings(
                 models=settings.models, host=settings.host, features=settings.features, breaker=settings.breaker
             )
-            job = settings.name
+            telemetry, job = settings.telemetry, settings.name
+        if telemetry is not None:
+            shape_logs(telemetry.logs)
         signature = self._signature
-        self._batches = Batches(signature.name, signature.kind, signature.function, open_services(services), job)
+        self._batches = Batches(
+            signature.name, signature.kind, signature.function, open_services(services), job, telemetry
+        )
         self._batches.start()
         self._counters = Counts(_group(function_context), self._batches.metrics.counts)
 
@@ -180,13 +188,14 @@ _SIGNATURES = [
 _BY_NAME = {signature.name: signature for signature in _SIGNATURES}
 
 
-def _function(name: str, services: Any = None) -> Any:
+def _function(name: str, services: Any = None, telemetry: TelemetrySettings | None = None) -> Any:
     """A function of the table above, or its `_row`, as PyFlink registers it."""
     signature = _BY_NAME[name.removesuffix("_row")]
     told = name.endswith("_row")
     shape = _Told(list(signature.more)) if told else _Plain()
     result = signature.row_type() if told else signature.value
-    return udf(_Function(signature, shape, services), result_type=result, func_type="pandas", name=name)
+    function = _Function(signature, shape, services, telemetry=telemetry)
+    return udf(function, result_type=result, func_type="pandas", name=name)
 
 
 NAMES = (*_BY_NAME, *(f"{name}_row" for name in _BY_NAME))
@@ -211,6 +220,7 @@ def extractor(
     name: str = "llm_extract",
     errors: bool = False,
     services: ServiceSettings | Callable[[], Any] | None = None,
+    telemetry: TelemetrySettings | None = None,
 ) -> Any:
     """A function of (model, text [, options]) whose result is a typed ROW of what a text says.
 
@@ -225,7 +235,7 @@ def extractor(
     fields = {part: column.data_type() for part, column in row.parts.items()} | told
     result = DataTypes.ROW([DataTypes.FIELD(part, each) for part, each in fields.items()])
     schema = msgspec.json.encode(schema_of(wanted)).decode()
-    function = _Function(_BY_NAME["llm_extract"], _Typed(row, errors=errors), services, schema)
+    function = _Function(_BY_NAME["llm_extract"], _Typed(row, errors=errors), services, schema, telemetry)
     return udf(function, result_type=result, func_type="pandas", name=name)
 
 
@@ -234,16 +244,20 @@ def register_functions(
     services: ServiceSettings | Callable[[], Any] | None = None,
     *,
     extract: Mapping[str, type | Mapping[str, Any]] | None = None,
+    telemetry: TelemetrySettings | None = None,
 ) -> None:
     """Registers all functions with a table environment, as temporary system functions.
 
     `services` are the models and features they know; without them each looks for a configuration file when it
-    opens, as from the SQL client. `extract` maps names to what an `extractor` of that name is to find. Raises
+    opens, as from the SQL client. `telemetry` is what they tell of their rows, none by default (a file's own
+    otherwise). `extract` maps names to what an `extractor` of that name is to find. Raises
     ConfigError.
     """
     for name in NAMES:
-        tables.create_temporary_system_function(name, _function(name, services))
+        tables.create_temporary_system_function(name, _function(name, services, telemetry))
     for name, wanted in (extract or {}).items():
         if name in NAMES:
             raise ConfigError(f"extract: {name} is a function of the library: give yours another name")
-        tables.create_temporary_system_function(name, extractor(wanted, name=name, services=services))
+        tables.create_temporary_system_function(
+            name, extractor(wanted, name=name, services=services, telemetry=telemetry)
+        )
