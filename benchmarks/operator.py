@@ -73,6 +73,9 @@ class Field:
             "taskmanager.memory.process.size": "3g",
             "taskmanager.memory.managed.size": "512m",
             "web.checkpoints.history": "1000",
+            # What is remembered for a minute is more than the 5 MB that a job manager takes.
+            "execution.checkpointing.storage": "filesystem",
+            "execution.checkpointing.dir": (folder / "checkpoints").as_uri(),
         }
         self.cluster = Cluster(folder / "cluster", slots=len(contenders), properties=properties)
         self._workers: dict[str, int] = {}
