@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from apache_beam.coders import coder_impl
+from apache_beam.metrics.execution import MetricsContainer
+from apache_beam.metrics.metricbase import MetricName
 from apache_beam.portability.api import beam_fn_api_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -276,3 +278,43 @@ def test_a_bundle_that_fails_leaves_nothing_behind(channel, monkeypatch):
         run(channel, monkeypatch, [Data(instruction_id="b", data=b"1")], fails=True)
     assert channel._to_send.empty()
     assert not run(channel, monkeypatch, []).process_bundle.HasField("elements")
+
+
+class Operation:
+    """One of a user's functions: tells what its container holds."""
+
+    def __init__(self):
+        self.metrics_container = MetricsContainer("step")
+
+    def monitoring_infos(self, name, _):
+        return self.metrics_container.to_runner_api_monitoring_infos(name)
+
+
+def test_a_bundle_tells_what_was_counted_at_once_and_gauges_once_a_second(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(bundles, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    one, other = Operation(), Operation()
+    processor = SimpleNamespace(ops={"one": one, "other": other})
+
+    def told():
+        infos = bundles._monitoring_infos(processor)
+        for operation in (one, other):
+            operation.metrics_container.reset()
+        return sorted((info.labels["PTRANSFORM"], info.labels["NAME"]) for info in infos)
+
+    def count(operation, by):
+        operation.metrics_container.get_counter(MetricName("n", "results")).inc(by)
+
+    for operation in (one, other):
+        operation.metrics_container.get_gauge(MetricName("n", "in_flight")).set(3)
+    count(one, 1)
+    all_of_one = [("one", "in_flight"), ("one", "results")]
+    assert told() == [*all_of_one, ("other", "in_flight")]
+    count(one, 0)
+    assert told() == []
+    count(one, 2)
+    assert told() == all_of_one  # nothing that was counted waits, however short a time it is since
+    clock.now += bundles.GAUGES_S
+    assert told() == [*all_of_one, ("other", "in_flight")]
+    other.metrics_container.get_distribution(MetricName("n", "sizes")).update(7)
+    assert told() == [("other", "in_flight"), ("other", "sizes")]
