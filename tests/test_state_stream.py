@@ -144,11 +144,12 @@ def test_writes_while_flink_reads_slowly(state, stream, monkeypatch):
     assert len(state.written) == 10
 
 
-def test_writes_of_a_bundle_go_where_its_reads_do(state):
+def test_writes_of_a_bundle_go_where_its_reads_do(state, monkeypatch):
     """From the second bundle on: the first begins before anybody looks."""
     factory = sdk_worker.GrpcStateHandlerFactory(statecache.StateCache(0))
     reads = factory.create_state_handler(endpoints_pb2.ApiServiceDescriptor(url=state.address))._underlying
     writes = bundles._Writes(reads)
+    monkeypatch.setattr(bundles._processing, "worker", None, raising=False)
     for number, connections in enumerate((1, 2, 2)):
         with reads.process_instruction_id(f"i-{number}"):
             writes.append_raw(KEY, b"a")
@@ -157,7 +158,6 @@ def test_writes_of_a_bundle_go_where_its_reads_do(state):
         assert state.written[-2:] == [(f"i-{number}", b"k", b"a"), (f"i-{number}", b"k", b"b")]
         assert len(state.workers) == connections
         cache = SimpleNamespace(state_handler_factory=factory)
-        bundles._processing.worker = SimpleNamespace(bundle_processor_cache=cache)
-    del bundles._processing.worker
+        monkeypatch.setattr(bundles._processing, "worker", SimpleNamespace(bundle_processor_cache=cache))
     writes._stream.close()
     factory.close()

@@ -80,6 +80,7 @@ def _process_bundle(worker: Any, request: Any, instruction_id: str) -> Any:
     try:
         response = _plain_process_bundle(worker, request, instruction_id)
     finally:
+        _processing.worker = None
         for outbox in outboxes:
             kept += outbox.end(instruction_id)
     timers = [item for item in kept if isinstance(item, beam_fn_api_pb2.Elements.Timers)]

@@ -154,7 +154,10 @@ class StateStream:
 
     def _flush(self) -> None:
         assert self._socket is not None
+        data = self._connection.data_to_send()
+        if not data:
+            return
         try:
-            self._socket.sendall(self._connection.data_to_send())
+            self._socket.sendall(data)
         except OSError as error:
             raise RuntimeError(f"the connection to Flink's state is lost: {error}") from error
