@@ -19,9 +19,8 @@ from flink_llm.errors import RecordError, StateError
 from flink_llm.kept import Kept, Remembered
 from flink_llm.records import Failure
 from flink_llm.runner import Runner
-from flink_llm.telemetry import Telemetry
+from flink_llm.telemetry import Telemetry, watched
 from flink_llm.turns import conflict
-from flink_llm.watching import NOBODY
 
 CACHED_BYTES = 16 * 1024 * 1024
 """Of the states of a shard's keys, how much is kept in memory as well."""
@@ -113,9 +112,7 @@ class Shard:
         self, sequence: int, data: bytes, arrival: Arrival, arrived_ms: int, *, restored: bool = False
     ) -> list[Output]:
         self._next = max(self._next, sequence + 1)
-        watch = NOBODY
-        if self._telemetry is not None:
-            arrival, watch = self._telemetry.arrived(arrival)
+        arrival, watch = watched(self._telemetry, arrival)
         try:
             request = arrival.request(self.runner.takes)
             call = Call(self, sequence, arrival, request, arrived_ms)

@@ -5,9 +5,7 @@ of the machine has the port reads all of these files when it is asked, so that t
 workers, however many there are and however they come and go (docs/adr/0021).
 """
 
-import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -138,7 +136,7 @@ class StageExporter:
     """
 
     def __init__(
-        self, host: str, port: int, labels: dict[str, str], *, subtask: str | None = None, folder: Path | None = None
+        self, host: str, port: int, labels: dict[str, str], *, subtask: int | None = None, folder: Path | None = None
     ) -> None:
         folder = folder or socket_folder(HostSettings()) / f"latencies-{port}"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -146,7 +144,7 @@ class StageExporter:
         self._number: FileLock | None = None
         if subtask is None:
             subtask, self._number = _free_number(folder / _digest(labels))
-        self._shared = Shared(self.latencies, folder, {**labels, "subtask": subtask})
+        self._shared = Shared(self.latencies, folder, {**labels, "subtask": str(subtask)})
         registry = CollectorRegistry()
         registry.register(SharedLatencies(folder))
         self._endpoint = MetricsEndpoint(registry, host, port, told=_TAKEN)
@@ -164,14 +162,17 @@ class StageExporter:
             self._number.release()
 
 
-def _free_number(stem: Path) -> tuple[str, FileLock]:
+def _free_number(stem: Path) -> tuple[int, FileLock]:
     """A number, and the lock that keeps it until this process ends: a worker after it takes it over."""
-    for number in itertools.count():
+    number = 0
+    while True:
         lock = FileLock(f"{stem}-{number}.lock")
-        with contextlib.suppress(Timeout):
+        try:
             lock.acquire(timeout=0)
-            return str(number), lock
-    raise AssertionError("numbers do not end")
+        except Timeout:
+            number += 1
+        else:
+            return number, lock
 
 
 def _digest(labels: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ from flink_llm.arrivals import Arrival
 from flink_llm.clock import REAL, Times
 from flink_llm.telemetry_settings import TelemetrySettings
 from flink_llm.tracing import RecordSpan, Tracing, otlp
-from flink_llm.watching import Watch
+from flink_llm.watching import NOBODY, Watch
 
 if TYPE_CHECKING:
     from flink_llm.stages import Latencies, StageExporter
@@ -51,6 +51,11 @@ class Telemetry:
         return arrival, CallWatch(self, at, span)
 
 
+def watched(telemetry: Telemetry | None, arrival: Arrival) -> tuple[Arrival, Watch]:
+    """`Telemetry.arrived`, where there is one."""
+    return (arrival, NOBODY) if telemetry is None else telemetry.arrived(arrival)
+
+
 def open_telemetry(
     settings: TelemetrySettings, *, job: str, operator: str, subtask: int | None = None
 ) -> Telemetry | None:
@@ -67,8 +72,7 @@ def open_telemetry(
         from flink_llm.stages import StageExporter  # and Prometheus' client, only where it is to tell
 
         labels = {"job": job, "operator": operator}
-        number = None if subtask is None else str(subtask)
-        exporter = StageExporter(settings.metrics_host, settings.metrics_port, labels, subtask=number)
+        exporter = StageExporter(settings.metrics_host, settings.metrics_port, labels, subtask=subtask)
     latencies = None if exporter is None else exporter.latencies
     return Telemetry(latencies, tracing, operator=operator, exporter=exporter)
 

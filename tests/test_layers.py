@@ -28,6 +28,7 @@ ROOMS = {
     "prometheus_client": ["flink_llm/engine/metrics", "flink_llm/stages.py"],
     "torch": ["flink_llm/engine/export", "flink_llm/engine/parity.py", "models/training/"],
     "apache_beam": ["udfs/bundles.py", "udfs/state_stream.py"],
+    "h2": ["udfs/state_stream.py"],
     "kafka": [  # what a job reads and writes goes through Flink
         "flink_llm/kafka_settings.py",
         "flink_llm/dead_letters.py",  # for the command line

@@ -121,7 +121,7 @@ def test_one_worker_tells_for_all_and_another_takes_over(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_endpoint, "RETRY_S", 0.02)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    one, other = (StageExporter("127.0.0.1", port, LABELS, subtask=s, folder=tmp_path) for s in "01")
+    one, other = (StageExporter("127.0.0.1", port, LABELS, subtask=s, folder=tmp_path) for s in (0, 1))
 
     def told():
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:

@@ -161,3 +161,5 @@ def test_writes_of_a_bundle_go_where_its_reads_do(state, monkeypatch):
         monkeypatch.setattr(bundles._processing, "worker", SimpleNamespace(bundle_processor_cache=cache))
     writes._stream.close()
     factory.close()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "read_state"]:
+        thread.join(10)  # gRPC's reader takes a server that stops for an error

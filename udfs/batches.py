@@ -21,9 +21,8 @@ from flink_llm.call import Call, Failed, OperatorSettings, Outcome
 from flink_llm.errors import ConfigError, Outage, RecordError
 from flink_llm.handler import AsyncUdf, CallContext, Context, Services
 from flink_llm.runner import Runner
-from flink_llm.telemetry import open_telemetry
+from flink_llm.telemetry import open_telemetry, watched
 from flink_llm.telemetry_settings import TelemetrySettings
-from flink_llm.watching import NOBODY, Watch
 
 log = logging.getLogger(__name__)
 
@@ -169,10 +168,7 @@ class Batches:
         return outcomes
 
     def _call(self, batch: Any, number: int, row: Row) -> Call:
-        arrival = Arrival(key="", element=list(row.arguments))
-        watch: Watch = NOBODY
-        if self._telemetry is not None:
-            arrival, watch = self._telemetry.arrived(arrival)
+        arrival, watch = watched(self._telemetry, Arrival(key="", element=list(row.arguments)))
         call = Call(batch, number, arrival, row, int(time.time() * 1000))
         call.watch = watch
         return call

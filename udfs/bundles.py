@@ -3,8 +3,8 @@
 A record leaves each Python operator on its way with the end of a bundle (docs/adr/0012, docs/adr/0023):
 
 * A bundle's changes of state are written key by key, each a message whose answer is waited for. The
-  messages bear their own key and are worked off in order, so all are sent before the first answer is
-  waited for.
+  messages bear their own key and are worked off in order, so all are sent together, by a way that needs
+  no other thread (`flink_llm.udfs.state_stream`).
 * For the same reason any key of the subtask may be read and written while Flink processes an element
   or timer of another: one timer serves all shards. PyFlink's own map, which is looked up, cached and
   encoded again for each entry, is left out: `KeyedMap` holds what a bundle has changed.
@@ -13,7 +13,7 @@ A record leaves each Python operator on its way with the end of a bundle (docs/a
 * Beam samples which step a bundle is in, on a thread that it starts and waits for in each bundle. PyFlink
   throws the samples away.
 * Each bundle's answer tells all metrics, whether anything was counted or not: a fifth of what a small bundle
-  costs this thread. They are told when there is something to tell, and gauges once a second.
+  costs this thread. They are told when there is something to tell, and our own gauges once a second.
 * What a bundle puts out travels on another stream than the answer that the bundle is done. A worker that
   is killed between the two leaves Flink's task waiting for the outputs for ever: they go in the answer.
 
@@ -37,6 +37,7 @@ from pyflink.fn_execution.state_impl import CachingMapStateHandler, IterateType
 from pyflink.version import __version__ as flink_version
 
 from flink_llm.errors import FlinkLlmError
+from flink_llm.udfs.counters import GROUP
 from flink_llm.udfs.state_stream import StateStream
 
 
@@ -91,6 +92,8 @@ def _process_bundle(worker: Any, request: Any, instruction_id: str) -> Any:
 
 
 GAUGES_S = 1.0
+"""How often our own gauges are told where nothing was counted."""
+_OUR_GROUP = f'["{GROUP}"'  # a metric's namespace is its groups, as JSON
 _BEAMS_OWN = bundle_processor.DataInputOperation, bundle_processor.DataOutputOperation
 
 
@@ -99,19 +102,20 @@ def _monitoring_infos(processor: Any) -> list[Any]:
     now, found = time.monotonic(), {}
     due = now - getattr(processor, "told_at", -GAUGES_S) >= GAUGES_S
     for name, operation in processor.ops.items():
-        if not isinstance(operation, _BEAMS_OWN) and (due or counted(operation.metrics_container)):
+        if not isinstance(operation, _BEAMS_OWN) and (due or _to_tell(operation.metrics_container)):
             found.update(operation.monitoring_infos(name, {}))
     if due:
         processor.told_at = now
     return list(found.values())
 
 
-def counted(container: Any) -> bool:
-    """Whether a bundle has added to any metric but gauges, which are set in every one."""
+def _to_tell(container: Any) -> bool:
+    """Whether a bundle has counted anything, or holds metrics that are not only ours: nobody else's may wait."""
     for key, cell in container.metrics.items():
-        if key.cell_type is cells.GaugeCell:
-            continue
-        if key.cell_type is not cells.CounterCell or cell.value:
+        if key.cell_type is cells.CounterCell:
+            if cell.value:
+                return True
+        elif key.cell_type is not cells.GaugeCell or not key.metric_name.namespace.startswith(_OUR_GROUP):
             return True
     return False
 

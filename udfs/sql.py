@@ -84,7 +84,7 @@ class _Function(ScalarFunction):  # type: ignore[misc]
             services = ServiceSettings(
                 models=settings.models, host=settings.host, features=settings.features, breaker=settings.breaker
             )
-            telemetry, job = settings.telemetry, settings.name
+            telemetry, job = telemetry or settings.telemetry, settings.name
         if telemetry is not None:
             shape_logs(telemetry.logs)
         signature = self._signature
@@ -249,9 +249,8 @@ def register_functions(
     """Registers all functions with a table environment, as temporary system functions.
 
     `services` are the models and features they know; without them each looks for a configuration file when it
-    opens, as from the SQL client. `telemetry` is what they tell of their rows, none by default (a file's own
-    otherwise). `extract` maps names to what an `extractor` of that name is to find. Raises
-    ConfigError.
+    opens, as from the SQL client. `telemetry` is what they tell of their rows: by default what such a file says,
+    else nothing. `extract` maps names to what an `extractor` of that name is to find. Raises ConfigError.
     """
     for name in NAMES:
         tables.create_temporary_system_function(name, _function(name, services, telemetry))

@@ -1,8 +1,8 @@
 """Writes of state to Flink without gRPC's threads: one bundle's in one piece, answered on the thread that waits.
 
 gRPC's Python hands each message of a stream from thread to thread, four times there and back, each of which needs
-the interpreter's lock. A bundle of the async operator writes to each of its shards: sixteen messages took longer
-than all else that was done for it (docs/adr/0031). The protocol is Beam's own, messages of gRPC on one stream of
+the interpreter's lock. A bundle of the async operator writes to each of its shards, a message each (docs/adr/0031).
+The protocol is Beam's own, messages of gRPC on one stream of
 HTTP/2 (RFC 9113, by the library h2), on a connection of its own beside gRPC's.
 
 Source: github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md; Beam's `beam_fn_api.proto`, service BeamFnState.
