@@ -4,16 +4,18 @@ Flink ends its Python workers when it ends itself. Killed with -9 it cannot: bet
 on, and the worker would keep its models' connections, and its memory, beside the one that takes over.
 """
 
-import logging
 import os
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable
 
 import psutil
 
-log = logging.getLogger(__name__)
 LOOK_S = 1.0
+CONTROL = "CONTROL_API_SERVICE_DESCRIPTOR"
+"""Where Flink's worker keeps the address of its task manager, in protobuf's text form."""
 WORKER = "pyflink.fn_execution.beam.beam_boot"
 """The module that Flink starts a worker with."""
 
@@ -24,13 +26,17 @@ def end_with_task_manager(
     end: Callable[[], None] = lambda: os._exit(1), look_s: float = LOOK_S
 ) -> psutil.Process | None:
     """Watches the Java process that this worker descends from, on a thread, from the first call on; `end` is called
-    when that is gone. None, and nothing to watch, where this is no worker of its own: in a test, on a mini-cluster
-    (which an editor or a build server may have started, and those are Java too)."""
+    when that is gone, and at once when it was gone before. None, and nothing to watch, where this is no worker of
+    its own: in a test, on a mini-cluster (which an editor or a build server may have started, and those are Java
+    too)."""
     this = psutil.Process()
     if WORKER not in this.cmdline():
         return None
     java = next((process for process in this.parents() if process.name() == "java"), None)
-    if java is not None and not _watching.is_set():
+    if java is None:
+        if _refused(os.environ.get(CONTROL, "")):  # killed while this worker was starting
+            _end("its task manager", end)
+    elif not _watching.is_set():
         _watching.set()
         threading.Thread(target=_watch, args=(java, end, look_s), name="flink-llm orphan", daemon=True).start()
     return java
@@ -39,8 +45,27 @@ def end_with_task_manager(
 def _watch(java: psutil.Process, end: Callable[[], None], look_s: float) -> None:
     while _lives(java):
         time.sleep(look_s)
-    log.error("the task manager (process %d) has ended without ending its Python worker, which ends now", java.pid)
+    _end(f"its task manager (process {java.pid})", end)
+
+
+def _end(whose: str, end: Callable[[], None]) -> None:
+    # Not by `logging`: Beam's handler, whose channel has broken, may hold its lock for ever.
+    os.write(2, f"flink-llm: this Python worker ends, {whose} has ended without ending it\n".encode())
     end()
+
+
+def _refused(control: str) -> bool:
+    """Whether nobody listens at this address any more."""
+    found = re.search(r'"(.+):(\d+)"', control)
+    if found is None:
+        return False
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _lives(process: psutil.Process) -> bool:

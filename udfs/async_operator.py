@@ -152,8 +152,8 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         self._shape = shape
 
     def open(self, runtime_context: RuntimeContext) -> None:
-        lean_bundles()
         end_with_task_manager()
+        lean_bundles()
         lean_rows()
         shape_logs(self._settings.telemetry.logs)
         self._read.open()
