@@ -7,7 +7,6 @@ its own as well, which a restore finds. Adapter only: what happens to a record i
 and `flink_llm.shard`.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
@@ -23,6 +22,7 @@ from flink_llm import codec, environment
 from flink_llm.arrivals import KeySpec
 from flink_llm.call import OperatorSettings
 from flink_llm.errors import ConfigError, StateError
+from flink_llm.garbage import spare
 from flink_llm.handler import AsyncUdf, signature_of
 from flink_llm.kept import IN_FLIGHT, Kept
 from flink_llm.logs import shape_logs
@@ -43,10 +43,6 @@ from flink_llm.udfs.tables import Shape, TableOutputs, Wanted, records_of, shape
 TIMER_MS = 5
 SHARD_TIMER_MS = 1000
 END_OF_TIME = 2**63 - 1
-COLLECT_AT = 50_000, 20, 50
-"""Objects more than there were before the youngest are looked at for cycles (700 by default), and how often the older
-ones are: calls in flight come and go by the thousand, and each look at them holds all of them up."""
-
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
 _STATE = MapStateDescriptor("shard", _BYTES, _BYTES)
 _TAGS = {"partial": OutputTag("partials", emitted_type()), "failure": OutputTag("failures", emitted_type())}
@@ -174,9 +170,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             self._telemetry.start()
         self._runner = Runner(self._udf, open_services(self._services), self._settings)
         self._runner.start()
-        gc.collect()
-        gc.freeze()  # modules and models live as long as this worker: a full collection would stop all calls for them
-        gc.set_threshold(*COLLECT_AT)
+        spare()
         self._patience = Patience(self._runner)
         self._counters = Counters(runtime_context, self._runner, lambda: self.in_flight)
 

@@ -44,6 +44,10 @@ class _Live:
         self.told = ""
 
 
+def _nothing() -> None:
+    """Stops what has not begun or is over."""
+
+
 class _Run:
     """One piece of work, from its start to its end on one model. Times are monotonic seconds."""
 
@@ -58,8 +62,14 @@ class _Run:
         self.routes: Routes | None = None
         self.number = 0
         self.over = False
-        self.stop: Callable[[], None] = lambda: None
+        self._stop: Callable[[], None] = _nothing
         held.running += 1
+
+    def begin(self, shelf: Shelf, generation: str) -> None:
+        """Starts the work on its model."""
+        stop = shelf.start(self.work, generation, self.hear)
+        if not self.over:  # what stops it knows it: the two would be garbage that only a collection frees
+            self._stop = stop
 
     def hear(self, event: Event) -> None:
         """An event of the work, for whoever asked for it."""
@@ -75,7 +85,7 @@ class _Run:
 
     def cancel(self) -> None:
         """Nobody wants it any more. What it said until then counts, and so does a long silence."""
-        self.stop()
+        self._stop()
         self._end(None if self._first is None else Sample(first_ms=self._first_ms))
 
     @property
@@ -89,7 +99,7 @@ class _Run:
 
     def _end(self, sample: Sample | None) -> None:
         if not self.over:
-            self.over = True
+            self.over, self._stop = True, _nothing
             self._fleet.ended(self, sample)
 
     def _sample(self, last: Done | Fault) -> Sample | None:
@@ -136,7 +146,7 @@ class Fleet:
             self._spawn(self._begin_later(run, generation))
             return run.cancel
         try:
-            run.stop = self._shelf.start(run.work, generation, run.hear)
+            run.begin(self._shelf, generation)
         except BaseException:
             run.cancel()
             raise
@@ -172,7 +182,7 @@ class Fleet:
         try:
             await self._stock.ready(run.held)
             if not run.over:
-                run.stop = self._shelf.start(run.work, generation, run.hear)
+                run.begin(self._shelf, generation)
         except Exception as error:  # whatever it is, it is the end of this work
             log.error("%s could not be loaded again: %s", run.held.folder, error)
             if not run.over:

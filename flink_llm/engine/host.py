@@ -7,7 +7,6 @@ restarted worker finds it again.
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ from flink_llm.engine.place import held_file, socket_path
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.engine.work import LINGER_S, Backend, WorkTable
 from flink_llm.errors import ConfigError, FlinkLlmError
+from flink_llm.garbage import spare
 from flink_llm.logs import shape_logs
 
 log = logging.getLogger(__name__)
@@ -77,16 +77,10 @@ class Host:
         self._over.set()
 
     def settle(self, sha256: str) -> None:
-        """Takes what has come with a model out of the garbage collector's sight, once for each.
-
-        Modules and models stay: a full collection would look at them again and again, and stop all work
-        for a fifth of a second each time.
-        """
+        """Takes what has come with a model out of the garbage collector's sight, once for each."""
         if sha256 not in self._settled:
             self._settled.add(sha256)
-            gc.unfreeze()
-            gc.collect()
-            gc.freeze()
+            spare()
 
     def _welcome(self) -> Peer:
         peer = Peer(self)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import msgspec
+from msgspec import Struct
 
 from flink_llm.engine.faults import closed, fault_of
 from flink_llm.engine.ids import new_id
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 REMEMBERED = 4096
 REMEMBERED_BYTES = 64 * 1024 * 1024
 REMEMBER_S = 120.0
-EVENT_BYTES = 150
-"""About what an event takes beside its text."""
+_events = msgspec.msgpack.Encoder()
+_said = msgspec.msgpack.Decoder(list[Tokens | Done])
 LINGER_S = 30.0
 
 
@@ -85,7 +86,7 @@ class Events(AsyncIterator[Event]):
             self._closed = True
             raise StopAsyncIteration
         if not isinstance(event, Tokens):
-            self._closed = True
+            self._closed, self._on_close = True, None  # there is nothing left to stop
             if isinstance(event, Exception):
                 raise event
         return event
@@ -105,7 +106,7 @@ class Events(AsyncIterator[Event]):
 class _Alive:
     """A piece of work and all it has said so far."""
 
-    __slots__ = ("cancel", "done", "ended_at", "generation", "kind", "listeners", "lost_at", "said", "work")
+    __slots__ = ("cancel", "done", "generation", "kind", "listeners", "lost_at", "said", "work")
 
     def __init__(self, work: Submit) -> None:
         self.work = work.work
@@ -113,15 +114,23 @@ class _Alive:
         self.generation = new_id()
         self.said: list[Event] = []
         self.listeners: list[Listener] = []
-        self.cancel: Callable[[], None] = lambda: None
+        self.cancel: Callable[[], None] = _nothing
         self.done = False
-        self.ended_at = 0.0
         self.lost_at = 0.0
 
-    @property
-    def bytes(self) -> int:
-        """About how much memory it takes."""
-        return sum(EVENT_BYTES + len(event.text) for event in self.said if isinstance(event, (Tokens, Done)))
+    def add(self, work: Submit, hear: Callable[[Event], None]) -> "Listener":
+        """One more that hears what it says from now on."""
+        listener = Listener(self, work.call, hear)
+        self.listeners.append(listener)
+        return listener
+
+
+class _Finished(Struct, frozen=True, gc=False):
+    """A generation that has ended, and all it has said, as bytes: thousands are kept, and as objects a garbage
+    collection would stop the host for each of their tokens."""
+
+    ended_at: float
+    said: bytes
 
 
 class Listener:
@@ -144,7 +153,7 @@ class WorkTable:
     """An `Engine` over a backend. Lives on one loop.
 
     `linger_s`: how long work goes on whose listeners were lost; while somebody listens, only the engine
-    ends it. Of generations that have finished, at most `REMEMBERED` and about `REMEMBERED_BYTES` are kept,
+    ends it. Of generations that have finished, at most `REMEMBERED` and `REMEMBERED_BYTES` are kept,
     for `REMEMBER_S` seconds; other work is soon done again.
     """
 
@@ -152,7 +161,7 @@ class WorkTable:
         self._backend = backend
         self._linger_s = linger_s
         self._alive: dict[str, _Alive] = {}
-        self._finished: OrderedDict[str, _Alive] = OrderedDict()
+        self._finished: OrderedDict[str, _Finished] = OrderedDict()
         self._finished_bytes = 0
         self._pruning: asyncio.TimerHandle | None = None
         self._closed = False
@@ -183,20 +192,19 @@ class WorkTable:
         """
         if self._closed:
             hear(closed(work.call))
-            ended = _Alive(work)
-            ended.done = True
-            return Listener(ended, work.call, hear)
-        alive = self._alive.get(work.work) or self._recall(work.work)
+            return _ended(work, hear)
+        finished = self._recall(work.work)
+        if finished is not None:
+            for event in _said.decode(finished.said):
+                hear(_addressed(event, work.call))
+            return _ended(work, hear)
+        alive = self._alive.get(work.work)
         if alive is not None:
-            listener = Listener(alive, work.call, hear)
             for event in alive.said:
                 hear(_addressed(event, work.call))
-            if not alive.done:
-                alive.listeners.append(listener)
-            return listener
+            return alive.add(work, hear)
         alive = self._alive[work.work] = _Alive(work)
-        listener = Listener(alive, work.call, hear)
-        alive.listeners.append(listener)
+        listener = alive.add(work, hear)
         self._start(work, alive)
         return listener
 
@@ -238,25 +246,29 @@ class WorkTable:
                 listener.hear(_addressed(event, listener.call))
 
         try:
-            alive.cancel = self._backend.start(work, alive.generation, emit)
+            cancel = self._backend.start(work, alive.generation, emit)
         except Exception as error:  # one piece of work must not cost its neighbours their connection
             if not isinstance(error, Outage):
                 about = {"request_id": work.request_id}
                 log.exception("work for the model %s could not be started", work.model, extra=about)
             emit(fault_of(error))
+        else:
+            if not alive.done:  # what cancels it knows it: the two would be garbage that only a collection frees
+                alive.cancel = cancel
 
     def _end(self, alive: _Alive, last: Done | Fault) -> None:
         alive.done = True
         alive.listeners = []
-        alive.ended_at = asyncio.get_running_loop().time()
+        alive.cancel = _nothing
         self._alive.pop(alive.work, None)
         # A fault is worth another try, and so is what was cut short: the next try may have more time.
         if alive.kind == "generate" and isinstance(last, Done) and last.finish in ("stop", "length"):
-            self._finished[alive.work] = alive
-            self._finished_bytes += alive.bytes
+            finished = _Finished(asyncio.get_running_loop().time(), _events.encode(alive.said))
+            self._finished[alive.work] = finished
+            self._finished_bytes += len(finished.said)
             self._prune()
 
-    def _recall(self, work: str) -> _Alive | None:
+    def _recall(self, work: str) -> _Finished | None:
         self._prune()
         return self._finished.get(work)
 
@@ -269,7 +281,7 @@ class WorkTable:
             or next(iter(self._finished.values())).ended_at < oldest
         ):
             _, forgotten = self._finished.popitem(last=False)
-            self._finished_bytes -= forgotten.bytes
+            self._finished_bytes -= len(forgotten.said)
         if self._finished and self._pruning is None:
             self._pruning = asyncio.get_running_loop().call_later(REMEMBER_S, self._prune_again)
 
@@ -286,6 +298,16 @@ class WorkTable:
         alive.listeners = []
         self._alive.pop(alive.work, None)
         alive.cancel()
+
+
+def _nothing() -> None:
+    """Cancels what has ended or not begun."""
+
+
+def _ended(work: Submit, hear: Callable[[Event], None]) -> Listener:
+    alive = _Alive(work)
+    alive.done = True
+    return Listener(alive, work.call, hear)
 
 
 def _remove(alive: _Alive, listener: Listener) -> bool:
