@@ -24,7 +24,7 @@ REMEMBERED = 4096
 REMEMBERED_BYTES = 64 * 1024 * 1024
 REMEMBER_S = 120.0
 _events = msgspec.msgpack.Encoder()
-_said = msgspec.msgpack.Decoder(list[Tokens | Done])
+_said = msgspec.msgpack.Decoder(list[Event])
 LINGER_S = 30.0
 
 
