@@ -2,9 +2,9 @@
 
 A standalone cluster with Python in process mode, parallelism 1, 16 shards. Each contender is a job of its
 own on a task manager of its own, fed and counted in Java (see `benchmarks.contenders`); all are up at once,
-with their workers stopped, and run in turns. Stock runs at several bundle settings, and the best of them is
-compared. Work is 100 ms on the average, exponentially distributed, in `asyncio.sleep`; the ideal is so many
-calls in flight over that.
+stopped, and run in turns. Stock runs at several bundle settings, and the best of them is compared. Work is
+100 ms on the average, exponentially distributed, in `asyncio.sleep`; the ideal is so many calls in flight
+over that.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 from msgspec import Struct
 
 from benchmarks import samples
@@ -35,6 +36,8 @@ EACH_S = 10.0
 """A task manager's start, on cores that it shares with all the others."""
 SETTLE_S = 1.0
 """After a worker goes on all that slept ends at once: so long, and until the next second begins, is not counted."""
+PRINTED_S = 3.0
+"""The last second of each turn is printed once Java goes on and the second is over."""
 _COUNTS = re.compile(r"^(\S+)> \+I\[(\d+):(\d+):(\d+), (-?\d+), (\d+)\]$", re.MULTILINE)
 
 OUR_BUNDLE = (125, 10)
@@ -77,6 +80,8 @@ class Field:
             "taskmanager.memory.managed.size": "128m",
             "taskmanager.memory.jvm-metaspace.size": "256m",
             "web.checkpoints.history": "1000",
+            # One that stands still between its turns is not dead.
+            "heartbeat.timeout": 3_600_000,
             # What is remembered for a minute is more than the 5 MB that a job manager takes.
             "execution.checkpointing.storage": "filesystem",
             "execution.checkpointing.dir": (folder / "checkpoints").as_uri(),
@@ -86,6 +91,7 @@ class Field:
             patience_s=START_S + EACH_S * len(contenders),
         )  # fmt: skip
         self._workers: dict[str, int] = {}
+        self._java: dict[str, int] = {}
         self._jobs: dict[str, str] = {}
 
     def __enter__(self) -> "Field":
@@ -101,10 +107,18 @@ class Field:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for pid in self._workers.values():
+        for pid in [*self._java.values(), *self._workers.values()]:
             with contextlib.suppress(ProcessLookupError):  # one that died must not keep the cluster up
                 os.kill(pid, signal.SIGCONT)
         self.cluster.down()
+
+    def _go_on(self, name: str) -> None:
+        for pid in (self._java[name], self._workers[name]):
+            os.kill(pid, signal.SIGCONT)
+
+    def _stand_still(self, name: str) -> None:
+        for pid in (self._workers[name], self._java[name]):
+            os.kill(pid, signal.SIGSTOP)
 
     def _submit(self) -> None:
         plan, job = self._folder / "plan.json", self._folder / "job.py"
@@ -120,17 +134,20 @@ class Field:
             time.sleep(0.2)
             self._workers = {file.stem: int(file.read_text()) for file in workers.glob("*.pid")}
         self._jobs = {job["name"]: job["jid"] for job in self.cluster.rest("/jobs/overview")["jobs"]}
+        for name, pid in self._workers.items():
+            self._java[name] = next(each.pid for each in psutil.Process(pid).parents() if each.name() == "java")
+            self._stand_still(name)
 
     def run(self, name: str, seconds: float, *, sampled: Path | None = None) -> Turn:
         """Lets a contender run; where `sampled` is a file, samples of its stacks go there."""
         began = time.time()
-        os.kill(self._workers[name], signal.SIGCONT)
+        self._go_on(name)
         if sampled is None:
             time.sleep(seconds)
         else:
             samples.record(self._workers[name], seconds, sampled)
         try:
-            os.kill(self._workers[name], signal.SIGSTOP)
+            self._stand_still(name)
         except ProcessLookupError as error:
             entries = self.cluster.rest(f"/jobs/{self._jobs[name]}/exceptions")["exceptionHistory"]["entries"]
             told = entries[0]["stacktrace"][:4000] if entries else "no reason given"
@@ -139,6 +156,9 @@ class Field:
 
     def counts(self) -> dict[str, dict[int, dict[int, int]]]:
         """Of each contender and second of the day: how many results were how many milliseconds late."""
+        for pid in self._java.values():
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(PRINTED_S)
         found: dict[str, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
         for file in self.cluster.logs.glob("taskmanager-*.out"):
             for name, hours, minutes, seconds, late, count in _COUNTS.findall(file.read_text(errors="replace")):
@@ -197,7 +217,6 @@ def measure(
         turns = [
             field.run(name, seconds) for number in range(rounds) for name in names[number % 2 :] + names[: number % 2]
         ]
-        time.sleep(1.5)  # the last second is printed when it is over
         counts = field.counts()
         by_name = {name: [turn for turn in turns if turn.name == name] for name in names}
         found: dict[str, Any] = {name: statistics.median(rates(by_name[name], counts[name])) for name in names}
@@ -213,7 +232,6 @@ def profile(folder: Path, contender: Contender, *, warm_up_s: float, seconds: fl
     with Field(folder, [contender]) as field:
         field.run(contender.name, warm_up_s)
         turn = field.run(contender.name, seconds, sampled=folder / "stacks.txt")
-        time.sleep(1.5)
         rate = rates([turn], field.counts()[contender.name])[0]
     return {"per_s": round(rate), **samples.shares((folder / "stacks.txt").read_text())}
 

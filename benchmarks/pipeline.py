@@ -27,6 +27,7 @@ from flink_llm.flink_settings import FlinkSettings
 from flink_llm.kafka_settings import KafkaSettings
 from flink_llm.local import processes
 from flink_llm.local.broker import Broker, create_topics
+from flink_llm.local.cluster import last_words
 from flink_llm.services import ServiceSettings
 from flink_llm.testing import Script
 
@@ -145,7 +146,8 @@ class Pipeline:
         """The job's own process, below which its Java and its workers are. Raises RuntimeError when it has ended."""
         main = self._started.process() if self._started else None
         if main is None:
-            raise RuntimeError(f"the job has ended, see {self.log}")
+            words = last_words(self.log.read_text(errors="replace"))
+            raise RuntimeError(f"the job has ended: {words} (log: {self.log})")
         return main
 
     def workers(self) -> list[psutil.Process]:

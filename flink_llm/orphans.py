@@ -4,6 +4,7 @@ Flink ends its Python workers when it ends itself. Killed with -9 it cannot: bet
 on, and the worker would keep its models' connections, and its memory, beside the one that takes over.
 """
 
+import contextlib
 import os
 import re
 import socket
@@ -32,7 +33,7 @@ def end_with_task_manager(
     this = psutil.Process()
     if WORKER not in this.cmdline():
         return None
-    java = next((process for process in this.parents() if process.name() == "java"), None)
+    java = _java(this)
     if java is None:
         if _refused(os.environ.get(CONTROL, "")):  # killed while this worker was starting
             _end("its task manager", end)
@@ -50,8 +51,17 @@ def _watch(java: psutil.Process, end: Callable[[], None], look_s: float) -> None
 
 def _end(whose: str, end: Callable[[], None]) -> None:
     # Not by `logging`: Beam's handler, whose channel has broken, may hold its lock for ever.
-    os.write(2, f"flink-llm: this Python worker ends, {whose} has ended without ending it\n".encode())
+    with contextlib.suppress(OSError):  # nobody may read it any more
+        os.write(2, f"flink-llm: this Python worker ends, {whose} has ended without ending it\n".encode())
     end()
+
+
+def _java(worker: psutil.Process) -> psutil.Process | None:
+    for process in worker.parents():
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+            if process.name() == "java":
+                return process
+    return None
 
 
 def _refused(control: str) -> bool:

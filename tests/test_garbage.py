@@ -37,7 +37,7 @@ def test_what_is_there_stays_and_is_looked_at_no_more():
 
 
 def _of_scripts():
-    return ScriptedBackend({"it": Script(text="hello all", tokens=3)}), "it"
+    return ScriptedBackend({"it": Script(text="hello all", tokens=3, gap_ms=5)}), "it"
 
 
 def _of_the_demo_model():
@@ -45,7 +45,8 @@ def _of_the_demo_model():
 
 
 @pytest.mark.parametrize("backend", [_of_scripts, _of_the_demo_model])
-def test_a_piece_of_work_leaves_no_cycles(backend):
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_piece_of_work_leaves_no_cycles(backend, cancelled):
     async def inside():
         shelf, folder = backend()
         table = WorkTable(Fleet(shelf))
@@ -58,8 +59,10 @@ def test_a_piece_of_work_leaves_no_cycles(backend):
                     call=number, work=f"w{number}", model=loaded.sha256, kind="generate", request_id=f"r{number}",
                     messages=[{"role": "user", "content": "hello"}], options=Options(max_tokens=4),
                 )  # fmt: skip
-                async for _ in table.submit(work):
-                    pass
+                events = table.submit(work)
+                async for _ in events:
+                    if cancelled:
+                        events.close()
             await asyncio.sleep(0.1)
             return gc.collect()
         finally:

@@ -1,8 +1,10 @@
 """Constrained decoding: whatever a model would like to say, what comes out fits, and is whole in time."""
 
 import asyncio
+import gc
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -170,3 +172,16 @@ def test_the_engine_constrains_one_request_and_leaves_its_neighbours_alone():
     assert isinstance(json.loads(replies[1][0])["order"], int)
     assert replies[2][0] in ("yes", "no")
     assert re.fullmatch("[0-9]{3}", replies[3][0])
+
+
+def test_what_makes_grammars_is_free_once_nobody_has_it():
+    gc.collect()
+    gc.disable()  # as a host does not collect for a long while
+    try:
+        made = Grammars(TOKENIZER.to_str().encode(), TOKENIZER.get_vocab_size(), [END])
+        made.grammar(definition(choices=["yes", "no"]), 8)
+        gone = weakref.ref(made)
+        del made
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flink_llm.errors import LocalError
 from flink_llm.local import processes
 
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
@@ -47,6 +48,7 @@ def test_a_process_is_remembered_before_a_signal_arrives(tmp_path):
     program = """
 import os, signal
 from pathlib import Path
+from flink_llm.errors import LocalError
 from flink_llm.local import processes
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
@@ -72,6 +74,7 @@ processes.start(["sleep", "60"], Path("log"), file=Path("file.json"))
 def test_a_clean_up_is_not_cut_by_a_second_signal(tmp_path, signum, status):
     program = """
 import signal, sys, time
+from flink_llm.errors import LocalError
 from flink_llm.local import processes
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and the like hand on that they are ignored
@@ -105,3 +108,24 @@ def test_a_file_that_cannot_be_written_leaves_no_process(tmp_path: Path):
         processes.start(["sleep", "61"], tmp_path / "log", file=tmp_path / "no" / "file.json")
     left = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
     assert not [one for one in left if one.cmdline()[:1] == ["sleep"]]
+
+
+def test_a_free_port_is_none_that_a_connection_could_be_given():
+    ports = {processes.free_port() for _ in range(50)}
+    assert len(ports) > 40, "drawn, so that two who ask at once hardly get the same"
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if given.exists():
+        lowest, _ = map(int, given.read_text().split())
+        assert max(ports) < lowest
+
+
+def test_without_a_free_port_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(processes, "port_is_free", lambda port: False)
+    with pytest.raises(LocalError, match="no loopback port between"):
+        processes.free_port()
+
+
+@pytest.mark.parametrize(("told", "lives"), [(0.0, True), (1.0, True), (-1.0, True), (3.0, False)])
+def test_a_start_that_is_told_a_second_apart_is_the_same(told, lives):
+    own = psutil.Process()
+    assert (processes.Started(own.pid, own.create_time() + told).process() is not None) is lives

@@ -75,3 +75,13 @@ def test_a_subtask_that_has_ended_leaves_its_number(tmp_path):
     one.start()
     one.stop()
     assert number(StageExporter("127.0.0.1", port, labels, folder=tmp_path)) == "0"
+
+
+def test_a_worker_that_runs_nothing_but_sql_ends_with_its_task_manager(monkeypatch):
+    watched = []
+    monkeypatch.setattr(sql, "end_with_task_manager", lambda: watched.append("from its first function on"))
+    services = FakeServices({"echo": Script()})
+    function = sql._function("llm_generate", lambda: services, TelemetrySettings())._func
+    function.open(FunctionContext())
+    function.close()
+    assert watched == ["from its first function on"]

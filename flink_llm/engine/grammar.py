@@ -6,7 +6,7 @@ in time, along the shortest way out that is known, so that the text is whole wit
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import llguidance
@@ -57,7 +57,7 @@ class Grammars:
         self._tokenizer = llguidance.LLTokenizer(tokenizer.decode(), n_vocab=vocabulary, eos_token=list(ends))
         self.ends = list(ends)
         self._closing, (self._quote, self._letter) = self._tokens(CLOSING), self._tokens(('"', "x"))
-        self._compiled = lru_cache(maxsize=64)(self._compile)
+        self._compiled = lru_cache(maxsize=64)(partial(_compile, self._tokenizer))  # nothing that knows `self`
 
     def grammar(self, definition: str, max_tokens: int) -> "Grammar":
         """A grammar at its beginning. Raises RecordError `bad_option`: it cannot be satisfied, or not so shortly."""
@@ -73,13 +73,14 @@ class Grammars:
     def _tokens(self, texts: Sequence[str]) -> list[int]:
         return [self._tokenizer.tokenize_str(text)[0] for text in texts]
 
-    def _compile(self, definition: str) -> Any:
-        wrong = llguidance.LLMatcher.validate_grammar(definition, self._tokenizer)
-        matcher = llguidance.LLMatcher(self._tokenizer, definition, log_level=0)
-        if matcher.is_error() or (wrong and not wrong.startswith("WARNING")):
-            reason = " ".join((matcher.get_error() or wrong).split())[:400]
-            raise RecordError("bad_option", f"the schema, regex or list cannot be satisfied: {reason}")
-        return matcher
+
+def _compile(tokenizer: Any, definition: str) -> Any:
+    wrong = llguidance.LLMatcher.validate_grammar(definition, tokenizer)
+    matcher = llguidance.LLMatcher(tokenizer, definition, log_level=0)
+    if matcher.is_error() or (wrong and not wrong.startswith("WARNING")):
+        reason = " ".join((matcher.get_error() or wrong).split())[:400]
+        raise RecordError("bad_option", f"the schema, regex or list cannot be satisfied: {reason}")
+    return matcher
 
 
 class Grammar:

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from flink_llm.engine.faults import closed, fault_of
 from flink_llm.engine.ids import new_id
-from flink_llm.engine.protocol import Done, Event, Fault, Loaded, Submit, Tokens
+from flink_llm.engine.protocol import Done, Event, Loaded, Submit, Tokens
 from flink_llm.errors import Outage
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Events(AsyncIterator[Event]):
             self._closed = True
             raise StopAsyncIteration
         if not isinstance(event, Tokens):
-            self._closed, self._on_close = True, None  # there is nothing left to stop
+            self.close()
             if isinstance(event, Exception):
                 raise event
         return event
@@ -241,9 +241,11 @@ class WorkTable:
             alive.said.append(event)
             listeners = alive.listeners
             if not isinstance(event, Tokens):
-                self._end(alive, event)
+                self._end(alive)
             for listener in tuple(listeners):
                 listener.hear(_addressed(event, listener.call))
+            if alive.kind == "generate" and isinstance(event, Done):
+                self._remember(alive, event)
 
         try:
             cancel = self._backend.start(work, alive.generation, emit)
@@ -256,17 +258,20 @@ class WorkTable:
             if not alive.done:  # what cancels it knows it: the two would be garbage that only a collection frees
                 alive.cancel = cancel
 
-    def _end(self, alive: _Alive, last: Done | Fault) -> None:
+    def _end(self, alive: _Alive) -> None:
         alive.done = True
         alive.listeners = []
         alive.cancel = _nothing
         self._alive.pop(alive.work, None)
+
+    def _remember(self, alive: _Alive, last: Done) -> None:
         # A fault is worth another try, and so is what was cut short: the next try may have more time.
-        if alive.kind == "generate" and isinstance(last, Done) and last.finish in ("stop", "length"):
-            finished = _Finished(asyncio.get_running_loop().time(), _events.encode(alive.said))
-            self._finished[alive.work] = finished
-            self._finished_bytes += len(finished.said)
-            self._prune()
+        if last.finish not in ("stop", "length"):
+            return
+        finished = _Finished(asyncio.get_running_loop().time(), _events.encode(alive.said))
+        self._finished[alive.work] = finished
+        self._finished_bytes += len(finished.said)
+        self._prune()
 
     def _recall(self, work: str) -> _Finished | None:
         self._prune()
@@ -297,7 +302,8 @@ class WorkTable:
         alive.done = True
         alive.listeners = []
         self._alive.pop(alive.work, None)
-        alive.cancel()
+        cancel, alive.cancel = alive.cancel, _nothing
+        cancel()
 
 
 def _nothing() -> None:

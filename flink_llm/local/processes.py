@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +18,12 @@ from msgspec import Struct
 
 from flink_llm.errors import LocalError
 
+PORTS, PORTS_TRIED = (18_000, 32_000), 100
+"""Below those that a system gives to connections that are opened (Linux: from 32768, others from 49152): one of those
+may be taken between the moment it was found free and the moment somebody listens there."""
+SAME_START_S = 2.0
+"""Start times are whole seconds since a system's start, plus that: the same one may be told a second apart."""
+_drawn = random.SystemRandom()  # whatever seed a test has set
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -30,7 +37,9 @@ class Started(Struct, frozen=True):
         """The process if it is still that one, else None."""
         try:
             process = psutil.Process(self.pid)
-            alive = abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
+            alive = (
+                abs(process.create_time() - self.created) < SAME_START_S and process.status() != psutil.STATUS_ZOMBIE
+            )
         except psutil.Error:
             return None
         return process if alive else None
@@ -81,7 +90,7 @@ def stop(started: Started, patience: float = 15.0) -> None:
 def _group(started: Started) -> list[psutil.Process]:
     """Who is left of its group; nobody when its id is another process's by now."""
     with contextlib.suppress(psutil.Error):
-        if abs(psutil.Process(started.pid).create_time() - started.created) >= 1:
+        if abs(psutil.Process(started.pid).create_time() - started.created) >= SAME_START_S:
             return []
     found = []
     for process in psutil.process_iter():
@@ -155,11 +164,15 @@ def recall(file: Path) -> Started | None:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A loopback port that nobody listens on now, and that no connection is given by the system meanwhile.
+
+    Raises LocalError where there is none.
+    """
+    for _ in range(PORTS_TRIED):
+        port = _drawn.randrange(*PORTS)
+        if port_is_free(port):
+            return port
+    raise LocalError(f"no loopback port between {PORTS[0]} and {PORTS[1]} is free: end what listens there")
 
 
 def port_is_free(port: int) -> bool:
