@@ -29,11 +29,10 @@ from msgspec import Struct
 from benchmarks import samples
 from benchmarks.contenders import Contender, Plan
 from benchmarks.pipeline import quantile
-from flink_llm.local.cluster import START_S, Cluster
+from flink_llm.local.cluster import Cluster
+from flink_llm.orphans import task_manager_of
 
 READY_S = 180.0
-EACH_S = 10.0
-"""A task manager's start, on cores that it shares with all the others."""
 SETTLE_S = 1.0
 """After a worker goes on all that slept ends at once: so long, and until the next second begins, is not counted."""
 PRINTED_S = 3.0
@@ -87,8 +86,7 @@ class Field:
             "execution.checkpointing.dir": (folder / "checkpoints").as_uri(),
         }
         self.cluster = Cluster(
-            folder / "cluster", task_managers=len(contenders), slots=1, properties=properties,
-            patience_s=START_S + EACH_S * len(contenders),
+            folder / "cluster", task_managers=len(contenders), slots=1, properties=properties
         )  # fmt: skip
         self._workers: dict[str, int] = {}
         self._java: dict[str, int] = {}
@@ -135,7 +133,10 @@ class Field:
             self._workers = {file.stem: int(file.read_text()) for file in workers.glob("*.pid")}
         self._jobs = {job["name"]: job["jid"] for job in self.cluster.rest("/jobs/overview")["jobs"]}
         for name, pid in self._workers.items():
-            self._java[name] = next(each.pid for each in psutil.Process(pid).parents() if each.name() == "java")
+            java = task_manager_of(psutil.Process(pid))
+            if java is None:
+                raise RuntimeError(f"the task manager of {name} has ended, see {self.cluster.logs}")
+            self._java[name] = java.pid
             self._stand_still(name)
 
     def run(self, name: str, seconds: float, *, sampled: Path | None = None) -> Turn:

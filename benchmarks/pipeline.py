@@ -28,12 +28,12 @@ from flink_llm.kafka_settings import KafkaSettings
 from flink_llm.local import processes
 from flink_llm.local.broker import Broker, create_topics
 from flink_llm.local.cluster import last_words
+from flink_llm.orphans import WORKER
 from flink_llm.services import ServiceSettings
 from flink_llm.testing import Script
 
 START_S = 120.0
 METRICS_S = 30.0
-WORKER = "pyflink.fn_execution.beam.beam_boot"
 
 
 class Settings(Struct, frozen=True, kw_only=True):

@@ -33,7 +33,7 @@ def end_with_task_manager(
     this = psutil.Process()
     if WORKER not in this.cmdline():
         return None
-    java = _java(this)
+    java = task_manager_of(this)
     if java is None:
         if _refused(os.environ.get(CONTROL, "")):  # killed while this worker was starting
             _end("its task manager", end)
@@ -56,7 +56,8 @@ def _end(whose: str, end: Callable[[], None]) -> None:
     end()
 
 
-def _java(worker: psutil.Process) -> psutil.Process | None:
+def task_manager_of(worker: psutil.Process) -> psutil.Process | None:
+    """The Java process that a worker descends from, None where there is none."""
     for process in worker.parents():
         with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
             if process.name() == "java":

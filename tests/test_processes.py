@@ -48,7 +48,6 @@ def test_a_process_is_remembered_before_a_signal_arrives(tmp_path):
     program = """
 import os, signal
 from pathlib import Path
-from flink_llm.errors import LocalError
 from flink_llm.local import processes
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
@@ -74,7 +73,6 @@ processes.start(["sleep", "60"], Path("log"), file=Path("file.json"))
 def test_a_clean_up_is_not_cut_by_a_second_signal(tmp_path, signum, status):
     program = """
 import signal, sys, time
-from flink_llm.errors import LocalError
 from flink_llm.local import processes
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and the like hand on that they are ignored

@@ -20,6 +20,7 @@ from flink_llm.engine.faults import fault_of
 from flink_llm.engine.protocol import Done, Event, Fault, Loaded, Submit, Tokens
 from flink_llm.engine.routing import Routes
 from flink_llm.engine.stock import Held, Shelf, Stock
+from flink_llm.engine.work import nothing
 from flink_llm.errors import FlinkLlmError, ModelFolderError
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,6 @@ class _Live:
         self.told = ""
 
 
-def _nothing() -> None:
-    """Stops what has not begun or is over."""
-
-
 class _Run:
     """One piece of work, from its start to its end on one model. Times are monotonic seconds."""
 
@@ -62,7 +59,7 @@ class _Run:
         self.routes: Routes | None = None
         self.number = 0
         self.over = False
-        self._stop: Callable[[], None] = _nothing
+        self._stop: Callable[[], None] = nothing
         held.running += 1
 
     def begin(self, shelf: Shelf, generation: str) -> None:
@@ -99,7 +96,7 @@ class _Run:
 
     def _end(self, sample: Sample | None) -> None:
         if not self.over:
-            self.over, self._stop = True, _nothing
+            self.over, self._stop = True, nothing
             self._fleet.ended(self, sample)
 
     def _sample(self, last: Done | Fault) -> Sample | None:

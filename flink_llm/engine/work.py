@@ -114,7 +114,7 @@ class _Alive:
         self.generation = new_id()
         self.said: list[Event] = []
         self.listeners: list[Listener] = []
-        self.cancel: Callable[[], None] = _nothing
+        self.cancel: Callable[[], None] = nothing
         self.done = False
         self.lost_at = 0.0
 
@@ -261,7 +261,7 @@ class WorkTable:
     def _end(self, alive: _Alive) -> None:
         alive.done = True
         alive.listeners = []
-        alive.cancel = _nothing
+        alive.cancel = nothing
         self._alive.pop(alive.work, None)
 
     def _remember(self, alive: _Alive, last: Done) -> None:
@@ -299,14 +299,12 @@ class WorkTable:
             self._cancel(alive)
 
     def _cancel(self, alive: _Alive) -> None:
-        alive.done = True
-        alive.listeners = []
-        self._alive.pop(alive.work, None)
-        cancel, alive.cancel = alive.cancel, _nothing
+        cancel = alive.cancel
+        self._end(alive)
         cancel()
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Cancels what has ended or not begun."""
 
 

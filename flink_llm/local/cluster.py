@@ -28,7 +28,8 @@ from flink_llm.local import jars, processes
 from flink_llm.orphans import WORKER
 from flink_llm.secrets import masked
 
-START_S = 90.0
+START_S, TASK_MANAGER_S = 90.0, 10.0
+"""How long a cluster may take to be up, and each further task manager on the same cores."""
 RUNNING_S = 120.0
 SAVEPOINT_S = 120.0
 STOP_S = 30.0
@@ -46,19 +47,17 @@ class Cluster:
 
     `slots` are those of each task manager. `properties` are Flink options, set as they are. With
     `zookeeper`, its port on this machine, jobs outlive the job manager: a server runs at that port too.
-    `patience_s` is how long `up` waits.
     """
 
     def __init__(
         self, home: Path, *, task_managers: int = 1, slots: int = 2, properties: dict[str, str] | None = None,
-        zookeeper: int | None = None, patience_s: float = START_S,
+        zookeeper: int | None = None,
     ) -> None:  # fmt: skip
         self._home = home.absolute()
         self._task_managers = task_managers
         self._slots = slots
         self._properties = dict(properties or {})
         self._zookeeper = zookeeper
-        self._patience_s = patience_s
         self._rest = 0
 
     def __enter__(self) -> "Cluster":
@@ -99,12 +98,13 @@ class Cluster:
         for name in self.parts:
             self.start(name)
         wanted = self._task_managers * self._slots
-        deadline = time.monotonic() + self._patience_s
+        patience = START_S + TASK_MANAGER_S * (self._task_managers - 1)
+        deadline = time.monotonic() + patience
         while self._slots_there() < wanted:
             if len(self._started()) < len(self.parts):
                 raise LocalError(f"a process of the cluster ended at its start, see {self.logs}")
             if time.monotonic() > deadline:
-                raise LocalError(f"the cluster was not up within {self._patience_s:.0f} s, see {self.logs}")
+                raise LocalError(f"the cluster was not up within {patience:.0f} s, see {self.logs}")
             time.sleep(POLL_S)
 
     def down(self) -> None:

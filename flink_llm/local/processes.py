@@ -37,12 +37,14 @@ class Started(Struct, frozen=True):
         """The process if it is still that one, else None."""
         try:
             process = psutil.Process(self.pid)
-            alive = (
-                abs(process.create_time() - self.created) < SAME_START_S and process.status() != psutil.STATUS_ZOMBIE
-            )
+            alive = self.began_as(process) and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return None
         return process if alive else None
+
+    def began_as(self, process: psutil.Process) -> bool:
+        """Whether that one was started when this one was. Raises psutil.NoSuchProcess."""
+        return bool(abs(process.create_time() - self.created) < SAME_START_S)
 
 
 def own_start() -> float:
@@ -90,7 +92,7 @@ def stop(started: Started, patience: float = 15.0) -> None:
 def _group(started: Started) -> list[psutil.Process]:
     """Who is left of its group; nobody when its id is another process's by now."""
     with contextlib.suppress(psutil.Error):
-        if abs(psutil.Process(started.pid).create_time() - started.created) >= SAME_START_S:
+        if not started.began_as(psutil.Process(started.pid)):
             return []
     found = []
     for process in psutil.process_iter():
