@@ -6,7 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flink_llm.engine.pace import RETRY_S, RETRY_UNKNOWN_S, SMOOTH
-from flink_llm.engine.scheduler import DELAY_MOST, HOLD_S, HOLD_SHARE, SPREAD, Entry, Scheduler, Tempo
+from flink_llm.engine.scheduler import (
+    CHUNK_LEAST,
+    DELAY_MOST,
+    DELAY_QUEUED,
+    HOLD_S,
+    HOLD_SHARE,
+    PROMPTS_MOST,
+    STEPS_WAITED,
+    Entry,
+    Scheduler,
+)
+from flink_llm.engine.tempo import Tempo
 from flink_llm.errors import Overloaded
 from flink_llm.priorities import AGEING_S, LANES
 
@@ -78,7 +89,7 @@ def check_run(entries: list[Entry[int]]) -> None:
     lengths, slots = [entry.left for entry in entries], sorted(entry.slot for entry in entries)
     assert not any(entry.filled for entry in entries)
     assert slots == list(range(slots[0], slots[0] + len(slots)))
-    assert max(lengths) * len(lengths) <= CHUNK and max(lengths) - min(lengths) <= SPREAD
+    assert max(lengths) * len(lengths) <= CHUNK and max(lengths) - min(lengths) <= CHUNK_LEAST
 
 
 def finish(scheduler: Scheduler[int], left: list[Entry[int]]) -> None:
@@ -366,26 +377,27 @@ def test_a_burst_is_read_before_its_first_replies_go_on():
     clock = Clock()
     scheduler: Scheduler[int] = Scheduler(slots=8, limit=10, clock=clock)
     for number in range(8):
-        scheduler.add(number, prompt(20), priority=5, now=0.0)
+        scheduler.add(number, prompt(64), priority=5, now=0.0, tokens=1000)
     sizes, decoding = [], []
-    while (plan := scheduler.plan(4, 100)).prefill:
+    tempo = Tempo(step_s=0.01, token_s=STEPS_WAITED * 0.01 / CHUNK_LEAST)
+    while (plan := scheduler.plan(100, tempo)).prefill:
         scheduler.advance(plan.prefill[0], plan.prefill[2])
         sizes.append(plan.prefill[2])
         decoding.append(len(plan.decode))
         clock.now += 0.01
-    assert sizes == [20] * 7 + [4] * 5, "those who wait are read in one go, until few enough of them are left"
-    assert decoding == [0] * 7 + [7] * 5
+    assert sizes == [64] * 7 + [CHUNK_LEAST] * 4, "they are read in one go, until few enough of them are left"
+    assert decoding == [0] * 7 + [7] * 4
 
 
 def test_one_prompt_does_not_hold_many_replies():
     scheduler: Scheduler[int] = Scheduler(slots=8, limit=10, clock=Clock())
     for number in range(HOLD_SHARE + 1):
         scheduler.add(number, prompt(1), priority=5, now=0.0)
-        plan = scheduler.plan(4, 100)
+        plan = scheduler.plan()
         scheduler.advance(plan.prefill[0], 1)
     scheduler.add(99, prompt(50), priority=5, now=0.0)
-    plan = scheduler.plan(4, 100)
-    assert (len(plan.decode), plan.prefill[2]) == (HOLD_SHARE + 1, 4)
+    plan = scheduler.plan(100, Tempo(step_s=0.01, token_s=STEPS_WAITED * 0.01 / 20))
+    assert (len(plan.decode), plan.prefill[2]) == (HOLD_SHARE + 1, 20)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 300), st.floats(0.001, 0.3)), min_size=1, max_size=60))
@@ -396,7 +408,7 @@ def test_no_reply_stands_still_for_long_in_all(steps):
     for arrivals, length, seconds in steps:
         for _ in range(arrivals):
             scheduler.add(len(still), prompt(length), priority=5, now=clock.now)
-        plan = scheduler.plan(8, 64)
+        plan = scheduler.plan(64)
         waits = [entry for entry in scheduler._running if not entry.left and entry not in plan.decode]
         for entry in waits:
             assert still.get(entry, 0.0) < HOLD_S + 1e-6, "it has stood still for long enough"
@@ -414,9 +426,10 @@ def test_no_reply_stands_still_for_long_in_all(steps):
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 200), st.integers(1, 90)), min_size=1, max_size=40),
     st.sampled_from([0.0001, 0.001, 0.004]),
+    st.sampled_from([0.0, 0.002]),
 )
-def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s):
-    tempo = Tempo(token_s=token_s, step_s=0.01)
+def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s, run_s):
+    tempo = Tempo(token_s=token_s, run_s=run_s, step_s=0.01)
     scheduler: Scheduler[int] = Scheduler(slots=4, limit=1000, clock=Clock())
     seen: dict[int, float] = {}
     arrivals = iter(steps)
@@ -426,9 +439,9 @@ def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s):
         for _ in range(number):
             scheduler.add(count, prompt(length), priority=5, now=0.0, tokens=tokens)
             count += 1
-        plan = scheduler.plan(16, 64, tempo)
+        plan = scheduler.plan(64, tempo)
         if plan.prefill:
-            seconds = plan.tokens * token_s
+            seconds = tempo.reading(plan.tokens)
             waits = [entry for entry in scheduler._running if not entry.left]
             for entry in waits:
                 seen[entry.item] = seen.get(entry.item, 0.0) + seconds
@@ -438,12 +451,57 @@ def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s):
         for entry in plan.decode:
             scheduler.decoded(entry, 1)
             if entry.said >= entry.limit:
-                assert seen.get(entry.item, 0.0) <= DELAY_MOST * tempo.step_s * entry.limit + 1e-9
+                assert seen.get(entry.item, 0.0) <= DELAY_QUEUED * tempo.step_s * entry.limit + 1e-9
                 scheduler.remove(entry)
                 left -= 1
         if not left:
             return
     raise AssertionError("somebody waits for ever")
+
+
+def beside_a_reply(lengths: list[int], slots: int = 8) -> Scheduler[int]:
+    """Replies decode, one more than a burst holds, and prompts of these lengths have come."""
+    scheduler: Scheduler[int] = Scheduler(slots=slots, limit=100, clock=Clock())
+    replies = HOLD_SHARE * len(lengths) + 1
+    for number in range(replies):
+        scheduler.add(number, prompt(1), priority=5, now=0.0, tokens=1000)
+        scheduler.advance(scheduler.plan().prefill[0], 1)
+    for number, length in enumerate(lengths):
+        scheduler.add(100 + number, prompt(length), priority=5, now=float(number))
+    return scheduler
+
+
+def test_chunks_are_longer_where_more_prompts_are_to_be_read():
+    tempo = Tempo(step_s=0.1, run_s=0.05, token_s=0.001)
+    one, two, many = (
+        beside_a_reply([400] * count, slots=40).plan(512, tempo).prefill[2] for count in (1, 2, PROMPTS_MOST + 2)
+    )
+    assert (one, two, many) == tuple(int((STEPS_WAITED * count * 0.1 - 0.05) / 0.001) for count in (1, 2, PROMPTS_MOST))
+
+
+@pytest.mark.parametrize(("length", "read"), [(100, 100), (125, 125), (126, 100)])
+def test_no_run_is_left_for_a_rest_that_takes_less_than_half_a_run_by_itself(length, read):
+    tempo = Tempo(step_s=0.1, run_s=0.05, token_s=0.001)
+    assert beside_a_reply([length]).plan(512, tempo).prefill[2] == read
+
+
+def test_replies_wait_longer_for_prompts_while_requests_wait_for_a_slot():
+    tempo = Tempo(step_s=0.01, token_s=0.001)
+
+    def delayed(queued: int) -> float:
+        """Of a reply's own time, for how long prompts are read beside it before it goes on alone."""
+        scheduler = beside_a_reply([100_000] * 5, slots=HOLD_SHARE * 5 + 6)
+        for number in range(queued):
+            scheduler.add(1000 + number, prompt(10), priority=0, now=100.0)
+        read = 0.0
+        while (plan := scheduler.plan(20, tempo)).prefill:
+            scheduler.advance(plan.prefill[0], plan.prefill[2])
+            scheduler.waited(tempo.reading(plan.tokens))
+            read += tempo.reading(plan.tokens)
+        return read / (tempo.step_s * 64)
+
+    assert delayed(0) == pytest.approx(DELAY_MOST, abs=0.03)
+    assert delayed(100) == pytest.approx(DELAY_QUEUED, abs=0.03)
 
 
 def share_of_time_for_a_long_prompt(others: int, seconds: float) -> float:
@@ -453,15 +511,15 @@ def share_of_time_for_a_long_prompt(others: int, seconds: float) -> float:
     tempo = Tempo(token_s=0.001, step_s=0.01)
     for number in range(HOLD_SHARE * (others + 1) + 1):
         scheduler.advance(scheduler.add(number, prompt(1), priority=0, now=0.0, tokens=500), 0)
-        plan = scheduler.plan(10, 10)
+        plan = scheduler.plan(10)
         scheduler.advance(plan.prefill[0], 1)
     for number in range(others + 1):
         scheduler.add(100 + number, prompt(100_000), priority=5, now=0.0)
-    scheduler.plan(1, 1, tempo)
+    scheduler.plan(1, tempo)
     clock.now += seconds
     read = 0
     for _ in range(60):
-        plan = scheduler.plan(10, 10, tempo)
+        plan = scheduler.plan(10, tempo)
         if plan.prefill:
             read += 1
             scheduler.advance(plan.prefill[0], plan.prefill[2])
@@ -482,7 +540,7 @@ def test_a_burst_of_prompts_of_about_one_length_is_read_in_one_run():
     lengths = [20, 22, 20, 60, 21]
     for number, length in enumerate(lengths):
         scheduler.add(number, [1000 * number + i for i in range(length)], priority=5, now=float(number))
-    plan = scheduler.plan(10, 200)
+    plan = scheduler.plan(200)
     assert [plan.prefill[0].item, *(entry.item for entry in plan.beside)] == [
         0,
         1,
@@ -490,12 +548,12 @@ def test_a_burst_of_prompts_of_about_one_length_is_read_in_one_run():
     ]  # not the long one, nor beyond it
     for entry in (plan.prefill[0], *plan.beside):
         scheduler.advance(entry, entry.left)
-    plan = scheduler.plan(10, 200)
+    plan = scheduler.plan(200)
     assert (plan.prefill[0].item, plan.beside) == (3, [])
     apart: Scheduler[int] = Scheduler(slots=8, limit=10, together=False)
     for number in range(2):
         apart.add(number, [1000 * number + i for i in range(20)], priority=5, now=0.0)
-    assert apart.plan(10, 200).beside == []
+    assert apart.plan(200).beside == []
 
 
 def test_who_decodes_stays_in_neighbouring_rows():

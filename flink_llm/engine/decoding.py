@@ -13,20 +13,13 @@ from flink_llm.engine.job import Job, Said
 from flink_llm.engine.lookup import GUESS, Costs, Lookup, Payoff
 from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
-from flink_llm.engine.pace import smoothed
 from flink_llm.engine.preparing import Prepared, Preparing
 from flink_llm.engine.sampling import sample
-from flink_llm.engine.scheduler import Entry, Scheduler, Tempo
+from flink_llm.engine.scheduler import Entry, Scheduler
 from flink_llm.engine.sequence import Sequence
 from flink_llm.engine.settings import HostSettings
+from flink_llm.engine.tempo import TempoMeter
 from flink_llm.errors import RecordError
-
-CHUNK, CHUNK_LEAST = 512, 16
-"""Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
-CHUNK_SHORT = 64
-"""A chunk that tells what a token of a chunk takes: those of a long one take less."""
-STEPS_WAITED = 1.25
-"""How many of their own steps others wait, at the most, while a chunk is read."""
 
 
 @dataclass(eq=False)
@@ -51,8 +44,7 @@ class Decoding:
         self._decoder.warm_up()
         self._settings = settings
         self._scheduler = self._new_scheduler()
-        self._step_s: float | None = None
-        self._prompt_token_s: float | None = None
+        self._meter = TempoMeter()
         self._costs = Costs()
         self._entries: dict[int, Entry[_Generation]] = {}
         metrics.watch_cache(settings.slots, self._context, self._held)
@@ -95,7 +87,7 @@ class Decoding:
         for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
             entry.item.job.leave()
             self._leave(entry)
-        plan = self._scheduler.plan(self._chunk(), CHUNK, Tempo(self._prompt_token_s or 0.0, self._step_s or 0.0))
+        plan = self._scheduler.plan(tempo=self._meter.tempo)
         if plan.swap is not None:
             self._decoder.swap(*plan.swap)
         for entry in plan.sharing:
@@ -120,12 +112,6 @@ class Decoding:
             except BaseException as error:  # a panic of llguidance is no Exception
                 job.fail(error, said)
 
-    def _chunk(self) -> int:
-        """So many tokens of a prompt that those who decode wait for no more than `STEPS_WAITED` of their steps."""
-        if not self._prompt_token_s or not self._step_s:
-            return CHUNK
-        return max(CHUNK_LEAST, min(CHUNK, int(STEPS_WAITED * self._step_s / self._prompt_token_s)))
-
     def drop(self) -> list[Job]:
         """See `ServedModel.drop`."""
         entries, self._entries = self._entries, {}
@@ -140,8 +126,7 @@ class Decoding:
             logits = self._decoder.prefill(_slot(entry), entry.prompt[start : start + count], start)
         except Exception as error:  # its prompt's, whatever it is: the others go on
             return self._fail(entry, error, said)
-        if count <= CHUNK_SHORT or not self._prompt_token_s:
-            self._prompt_token_s = smoothed(self._prompt_token_s, (time.monotonic() - began) / count)
+        self._meter.read(count, time.monotonic() - began)
         self._have_read(entry, count, logits, said)
 
     def _begin(self, entry: Entry[_Generation], at: float) -> None:
@@ -160,6 +145,7 @@ class Decoding:
             for entry in entries:
                 self._prefill(entry, 0, entry.left, said)
             return
+        self._meter.read(len(entries) * max(entry.left for entry in entries), time.monotonic() - began)
         for entry, row in zip(entries, logits, strict=True):
             self._have_read(entry, entry.left, row, said)
 
@@ -236,7 +222,7 @@ class Decoding:
                 self._decode([entry], said)
             return
         took = time.monotonic() - began
-        self._step_s = smoothed(self._step_s, took)
+        self._meter.stepped(took)
         self._costs.step(len(entries), took)
         self.metrics.step(len(entries))
         for entry, slot, token, sequence in zip(entries, slots, last, sequences, strict=True):

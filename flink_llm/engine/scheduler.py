@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from flink_llm.engine.pace import Pace
 from flink_llm.engine.slots import Slots
+from flink_llm.engine.tempo import UNKNOWN, Tempo
 from flink_llm.priorities import rank_of
 
 T = TypeVar("T")
@@ -22,10 +23,11 @@ HOLD_S = 0.5
 """How long, in all, a reply that has begun may stand still while others' prompts are read in one go."""
 HOLD_SHARE = 3
 """Replies that may stand still so for each prompt that is being read."""
-DELAY_SHARE, DELAY_MOST = 0.2, 0.6
-"""How much longer a reply may take, in all, for the prompts of others: for each that is being read, and at the most.
+DELAY_SHARE, DELAY_MOST, DELAY_QUEUED = 0.2, 0.35, 0.6
+"""How much longer a reply may take, in all, for the prompts of others: for each that is being read; at the most; and
+at the most once as many requests wait for a slot as there are.
 
-One that comes alone is read a little later; of a burst everybody is done later where its prompts wait."""
+A prompt that comes alone is read a little later; of a burst everybody is done later where its prompts wait."""
 DELAY_GROWS_S = 1.0
 """A second for which a prompt has been read counts as one more prompt: a long one is not to wait for ever."""
 FORESEEN = 64
@@ -34,8 +36,11 @@ FORESEEN = 64
 
 SWAP_MOST = 512
 """Tokens up to which what slots hold is moved: others wait meanwhile."""
-SPREAD = 16
-"""Tokens by which prompts of one run may differ in length: reading so many takes about what a run does by itself."""
+CHUNK, CHUNK_LEAST = 512, 16
+"""Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
+STEPS_WAITED, PROMPTS_MOST = 1.5, 3
+"""How many of their own steps others wait, at the most, while a chunk is read: for each prompt that is to be read, up
+to so many. A run takes long by itself: of many prompts everybody is through earlier by longer chunks."""
 
 
 @dataclass(eq=False)
@@ -69,14 +74,6 @@ class Entry(Generic[T]):
         """Seconds of `share` of its reply, at so long a step, for which that may still wait for others' prompts."""
         to_come = min(FORESEEN, max(0, self.limit - self.said))
         return share * step_s * (self.said + to_come) - self.delayed
-
-
-@dataclass(frozen=True)
-class Tempo:
-    """Seconds that a token of a prompt takes, and a step of everybody who decodes; 0 where it is not known yet."""
-
-    token_s: float = 0.0
-    step_s: float = 0.0
 
 
 @dataclass(eq=False)
@@ -186,8 +183,8 @@ class Scheduler(Generic[T]):
             self._running.remove(entry)
             self._slots.release(entry.slot, keep=keep)
 
-    def plan(self, chunk: int, whole: int | None = None, tempo: Tempo = Tempo()) -> Plan[T]:
-        """What to do in the next step, `chunk` tokens of a prompt at most, or `whole` where nobody waits for them.
+    def plan(self, most: int = CHUNK, tempo: Tempo = UNKNOWN) -> Plan[T]:
+        """What to do in the next step, `most` tokens of a prompt where nobody waits for them.
 
         No prompt is read where that would delay a reply by more than a share of its own time (`DELAY_SHARE`), as
         far as `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that it prefilled, and
@@ -202,8 +199,8 @@ class Scheduler(Generic[T]):
         hold = self._hold(decoding, len(filling))
         for held in (True, False) if hold else (False,):
             plan.decode = [] if held else decoding
-            self._read(plan, filling, chunk if plan.decode or whole is None else whole)
-            if not (decoding and tempo.step_s) or plan.tokens * tempo.token_s <= spare:
+            self._read(plan, filling, most, tempo)
+            if not (plan.prefill and decoding and tempo.known) or tempo.reading(plan.tokens) <= spare:
                 return plan
         plan.prefill, plan.beside = None, []
         return plan
@@ -212,16 +209,23 @@ class Scheduler(Generic[T]):
         """Of its own time, how much longer a reply may take for these prompts."""
         since = min((entry.began for entry in filling), default=0.0)
         urgency = len(filling) + (self._clock() - since) / DELAY_GROWS_S
-        return min(DELAY_SHARE * urgency, DELAY_MOST) if filling else 0.0
+        queued = min(1.0, len(self._queue) / self._slots.count)
+        most = DELAY_MOST + (DELAY_QUEUED - DELAY_MOST) * queued
+        return min(DELAY_SHARE * urgency, most) if filling else 0.0
 
-    def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int) -> None:
+    def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int, tempo: Tempo) -> None:
         if not filling:
             return
         first = min(filling, key=lambda entry: entry.rank)
-        plan.prefill = (first, first.filled, min(most, first.left))
+        if plan.decode and tempo.known:
+            prompts = min(len(filling), PROMPTS_MOST)
+            chunk = tempo.tokens_in(STEPS_WAITED * prompts * tempo.step_s)
+            most = min(most, max(CHUNK_LEAST, chunk))
+        count = first.left if first.left <= most + tempo.worth_a_run // 2 else most  # the rest is not worth a run
+        plan.prefill = (first, first.filled, count)
         plan.beside = []
         if self._together and not first.filled and first.left < most:
-            plan.beside = _beside(first, filling, most)
+            plan.beside = _beside(first, filling, most, max(CHUNK_LEAST, tempo.worth_a_run))
 
     def _close_up(self) -> tuple[int, int, int] | None:
         """Moves a request that decodes into a gap: a step runs over all rows from the first to the last of them.
@@ -280,10 +284,11 @@ class Scheduler(Generic[T]):
         return sharing
 
 
-def _beside(first: Entry[T], filling: Sequence[Entry[T]], most: int) -> list[Entry[T]]:
+def _beside(first: Entry[T], filling: Sequence[Entry[T]], most: int, spread: int) -> list[Entry[T]]:
     """Who can be read in one run with `first`: whole prompts of about its length, in the slots next to it.
 
-    All rows of a run are as long as the longest: so long, they are `most` tokens together.
+    All rows of a run are as long as the longest: so long, they are `most` tokens together. Lengths differ by
+    `spread` at the most: reading so many tokens takes about what a run does by itself.
     """
     fresh = {entry.slot: entry for entry in filling if not entry.filled}
     found = [first]
@@ -291,7 +296,7 @@ def _beside(first: Entry[T], filling: Sequence[Entry[T]], most: int) -> list[Ent
         slot = (first.slot or 0) + step
         while (entry := fresh.get(slot)) is not None:
             lengths = [one.left for one in (*found, entry)]
-            if max(lengths) - min(lengths) > SPREAD or max(lengths) * len(lengths) > most:
+            if max(lengths) - min(lengths) > spread or max(lengths) * len(lengths) > most:
                 break
             found.append(entry)
             slot += step

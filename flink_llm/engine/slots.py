@@ -45,6 +45,11 @@ class Slots:
         self._turn = 0
 
     @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._slots)
+
+    @property
     def free(self) -> int:
         """How many slots no request has."""
         return len(self._slots) - len(self._busy)

@@ -1,0 +1,80 @@
+"""What steps, and runs over prompts, have been taking. Pure: no clock in here."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from flink_llm.engine.pace import smoothed
+
+KEPT = 32
+"""Runs over prompts that are remembered."""
+LONG = 128
+"""Tokens from which a run tells little of shorter ones: attention takes its part."""
+LEAST_SHARE = 0.25
+"""Of a run's time, what its tokens take at the least: measurements that say less are chance."""
+
+
+@dataclass(frozen=True)
+class Tempo:
+    """Seconds: a step of everybody who decodes, a run over prompts by itself, each of its tokens; 0: unknown."""
+
+    step_s: float = 0.0
+    run_s: float = 0.0
+    token_s: float = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether a step can be compared with the reading of a prompt."""
+        return bool(self.step_s and self.token_s)
+
+    def reading(self, tokens: int) -> float:
+        """Seconds of a run over so many tokens of prompts, padding included."""
+        return self.run_s + tokens * self.token_s
+
+    def tokens_in(self, seconds: float) -> int:
+        """How many tokens of prompts a run of so many seconds reads, 0 where it takes longer for one. Once `known`."""
+        return max(0, int((seconds - self.run_s) / self.token_s))
+
+    @property
+    def worth_a_run(self) -> int:
+        """Tokens that take as long as a run does by itself; 0 where unknown."""
+        return int(self.run_s / self.token_s) if self.token_s else 0
+
+
+UNKNOWN = Tempo()
+
+
+class TempoMeter:
+    """Learns the `tempo` from what it is told.
+
+    A run reads all weights, however few its tokens are, and then takes so much for each of them: a straight
+    line through the latest runs (least squares).
+    """
+
+    def __init__(self) -> None:
+        self._step_s: float | None = None
+        self._runs: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self.tempo = UNKNOWN
+
+    def stepped(self, seconds: float) -> None:
+        """A step of everybody who decodes took so long."""
+        self._step_s = smoothed(self._step_s, seconds)
+        self.tempo = Tempo(self._step_s, self.tempo.run_s, self.tempo.token_s)
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """A run over so many tokens of prompts took so long."""
+        if tokens > LONG and self._runs:
+            return
+        self._runs.append((tokens, seconds))
+        run_s, token_s = _line(self._runs)
+        self.tempo = Tempo(self._step_s or 0.0, run_s, token_s)
+
+
+def _line(runs: deque[tuple[int, float]]) -> tuple[float, float]:
+    """Seconds of a run by itself, and of a token."""
+    tokens = sum(count for count, _ in runs) / len(runs)
+    seconds = sum(took for _, took in runs) / len(runs)
+    spread = sum((count - tokens) ** 2 for count, _ in runs)
+    together = sum((count - tokens) * (took - seconds) for count, took in runs)
+    most = seconds / tokens
+    token_s = min(max(together / spread, LEAST_SHARE * most), most) if spread else most
+    return seconds - token_s * tokens, token_s

@@ -1,0 +1,42 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flink_llm.engine.tempo import KEPT, LEAST_SHARE, LONG, Tempo, TempoMeter
+
+COUNTS = st.lists(st.integers(1, LONG), min_size=2, max_size=KEPT, unique=True)
+
+
+@given(COUNTS, st.floats(0.001, 0.1), st.floats(0.0001, 0.01))
+def test_what_a_run_and_a_token_take_is_learnt(counts, run_s, token_s):
+    meter = TempoMeter()
+    for count in counts:
+        meter.read(count, run_s + token_s * count)
+    mean = sum(counts) / len(counts)
+    if token_s >= LEAST_SHARE * (run_s / mean + token_s):
+        assert meter.tempo.run_s == pytest.approx(run_s, rel=1e-3, abs=1e-9)
+        assert meter.tempo.token_s == pytest.approx(token_s, rel=1e-3)
+
+
+@given(st.lists(st.tuples(st.integers(1, 600), st.floats(0.0, 1.0)), min_size=1, max_size=2 * KEPT))
+def test_whatever_is_measured_neither_a_run_nor_a_token_takes_less_than_nothing(runs):
+    meter = TempoMeter()
+    for count, seconds in runs:
+        meter.read(count, seconds)
+    tempo = meter.tempo
+    assert tempo.run_s >= -1e-9 and tempo.token_s >= 0
+    assert not tempo.known, "no step has been measured"
+    if tempo.token_s > 1e-6:
+        assert tempo.reading(tempo.tokens_in(1.0)) <= 1.0 + 1e-6 or tempo.run_s > 1.0
+
+
+def test_a_long_run_does_not_hide_what_short_ones_take():
+    meter = TempoMeter()
+    meter.stepped(0.01)
+    meter.read(512, 5.12)
+    assert meter.tempo == Tempo(0.01, 0.0, 0.01)
+    for count in (10, 20):
+        meter.read(count, 0.1 + count * 0.001)
+    before = meter.tempo
+    meter.read(512, 50.0)
+    assert meter.tempo == before and before.known
