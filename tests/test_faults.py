@@ -435,6 +435,28 @@ def test_text_that_is_held_at_the_end_of_the_sequence_is_said(folder: Path) -> N
     assert sequence.done().finish == "stop"
 
 
+@pytest.mark.parametrize("stop", [[], ["Z"], ["never"]])
+@pytest.mark.parametrize("limit", [3, 512])
+def test_text_that_may_be_told_together_is_told_seldom_and_whole(folder: Path, stop: list[str], limit: int) -> None:
+    tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
+    tokens = [*tokenizer.encode_text("price ok \u00e4 price ok Z behind"), 2]
+    told = {}
+    for every in (0.0, 60.0):
+        sequence = Sequence(
+            [5], Options(stop=stop, max_tokens=limit), "g", tokenizer, frozenset([2]), told_every=every
+        )
+        pieces = []
+        for token in tokens:
+            pieces.append(sequence.take(token, 512))
+            if sequence.finish is not None:
+                break
+        told[every] = [piece for piece in pieces if piece is not None]
+        assert "".join(piece.text for piece in told[every]) == sequence.done().text
+        assert [piece.sequence for piece in told[every]] == [*range(len(told[every]))]
+    assert "".join(piece.text for piece in told[0.0]) == "".join(piece.text for piece in told[60.0])
+    assert len(told[60.0]) == 2 < len(told[0.0]), "the first at once, and what there is at the end"
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "code"),
     [

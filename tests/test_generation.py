@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flink_llm.engine.generation import (
+    AWAITED_TOLD_S,
     CallInfo,
     Generation,
     Model,
@@ -99,6 +100,25 @@ def test_await_runs_to_the_end_and_gives_the_reply_itself() -> None:
         assert stage.backend.started == 1
 
     run(case)
+
+
+def test_a_reply_that_is_awaited_is_told_in_fewer_pieces_and_is_the_same_work() -> None:
+    asked: list[Submit] = []
+
+    async def case(stage: Stage) -> None:
+        submit = stage.engine.submit
+        stage.engine.submit = lambda work: asked.append(work) or submit(work)  # type: ignore[assignment,func-returns-value]
+        model = await stage.model("echo")
+        await model.chat(HELLO)
+        current_call.get().counts.clear()  # as after a restore
+        assert [piece async for piece in model.chat(HELLO)]
+        reply = model.chat(HELLO)
+        await anext(reply)
+        await reply
+
+    run(case)
+    assert [work.told_every for work in asked] == [AWAITED_TOLD_S, 0, 0], "somebody reads the others as they come"
+    assert asked[0].work == asked[1].work
 
 
 def test_nothing_starts_before_it_is_asked_for() -> None:

@@ -58,6 +58,8 @@ class Adapters:
 
         `bound` is what this gave for the binding before. Raises KeyError for a number that is none.
         """
+        if not self.names:
+            return BASE
         used = np.unique(rows[rows != BASE])
         need = BASE if not len(used) else int(used[0]) if len(used) == 1 else _ALL
         if need != bound:

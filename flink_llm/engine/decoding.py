@@ -68,16 +68,17 @@ class Decoding:
 
     def _enqueue(self, job: Job, made: Prepared) -> None:
         tokenizer, ends = self._preparing.tokenizer, self._preparing.ends
-        sequence = Sequence(made.prompt, job.work.options, job.generation, tokenizer, ends, made.grammar)
+        work = job.work
+        sequence = Sequence(made.prompt, work.options, job.generation, tokenizer, ends, made.grammar, work.told_every)
         sequence.arrived = job.metrics.arrived
         entry = self._scheduler.add(
             _Generation(job, sequence),
             made.prompt,
-            priority=job.work.priority,
+            priority=work.priority,
             now=job.metrics.arrived,
             left=job.left(),
-            key=job.work.adapter,
-            tokens=job.work.options.max_tokens,
+            key=work.adapter,
+            tokens=work.options.max_tokens,
         )
         self._entries[id(entry)] = entry
 

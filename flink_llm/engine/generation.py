@@ -38,8 +38,10 @@ def _defaults(struct: type[Struct]) -> list[tuple[str, Any]]:
     ]
 
 
+AWAITED_TOLD_S = 0.1
+"""How often the text of a reply that is awaited as a whole comes: for whoever it has to end early."""
 _stable = msgspec.msgpack.Encoder(order="deterministic")
-_NOT_CONTENT = frozenset({"call", "work", "request_id", "deadline", "priority"})
+_NOT_CONTENT = frozenset({"call", "work", "request_id", "deadline", "priority", "told_every"})
 """Fields of a `Submit` that do not make it other work: how it is asked for, not what."""
 
 
@@ -208,6 +210,8 @@ class Model(Served):
 class Generation(AsyncIterator[TokenRecord]):
     """A reply: iterate it for its `TokenRecord`s, or await it for the whole; it runs once.
 
+    One that is awaited is told in pieces of a tenth of a second: of one that ends early so much may be missing.
+
     It starts at the first of these, goes on where a reader left it, and once ended yields nothing more.
     After its end: `text`, `finish_reason`, `usage`, `timings`, `logprobs`, `generation_id`, `message` (the
     assistant's turn) and `response` (a `ChatResponse`); before it they hold what there is, with
@@ -363,6 +367,8 @@ class Generation(AsyncIterator[TokenRecord]):
         self._leave()
 
     async def _whole(self) -> Self:
+        if self._events is None:  # nobody reads its tokens: each by itself would cost everybody on its way
+            self._work = msgspec.structs.replace(self._work, told_every=AWAITED_TOLD_S)
         async for _ in self:
             pass
         return self

@@ -79,7 +79,8 @@ class Submit(Struct, frozen=True, tag="submit", kw_only=True):
     sent again from sequence 0, and a finished one is answered from memory. `kind` "generate" takes
     `messages` (with `features`) or `prompt`; "embed", "classify" and "tag" take `text`; "rerank" takes a
     query, `text`, and `documents`. `dimensions`: how many of an embedding's are wanted, None for all.
-    `adapter`: the LoRA adapter of the model that generates, "" for none.
+    `adapter`: the LoRA adapter of the model that generates, "" for none. `told_every`: for how many seconds of a
+    reply its text may be told together, where nobody reads it as it comes; 0 for each token at once.
     `priority` 0 is served first, 9 last. `deadline`: in how many seconds the client will cancel, as far as
     it knows now, None for never. It is a hint for who is to run and who had better be refused, and ends
     nothing: the client's clock may stand still, and somebody else may have come to listen.
@@ -100,6 +101,7 @@ class Submit(Struct, frozen=True, tag="submit", kw_only=True):
     documents: list[str] = []
     dimensions: int | None = None
     adapter: str = ""
+    told_every: float = 0.0
 
 
 class Cancel(Struct, frozen=True, tag="cancel", kw_only=True):

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class Sequence:
-    """Prompt and reply of one generation. `take` is told each token; times are monotonic seconds."""
+    """Prompt and reply of one generation. `take` is told each token; times are monotonic seconds.
+
+    Text is told together where it comes within `told_every` seconds of what was told before.
+    """
 
     def __init__(
         self,
@@ -26,6 +29,7 @@ class Sequence:
         tokenizer: Tokenizer,
         ends: frozenset[int],
         grammar: "Grammar | None" = None,
+        told_every: float = 0.0,
     ) -> None:
         self.prompt = prompt
         self.options = options
@@ -38,6 +42,9 @@ class Sequence:
         self._penalties = penalties(options, prompt)
         self._logprobs = Logprobs(options.logprobs, tokenizer.decode) if options.logprobs is not None else None
         self._held = ""
+        self._ready = ""
+        self._told_every = told_every
+        self._due = 0.0
         self._said: list[str] = []
         self._pieces = 0
         self.arrived = self.began = self.first = self.latest = time.monotonic()
@@ -125,8 +132,11 @@ class Sequence:
 
     def _say(self, length: int) -> Tokens | None:
         text, self._held = self._held[:length], self._held[length:]
-        if not text:
+        self._ready += text
+        if not self._ready or (self.finish is None and self.latest < self._due):
             return None
+        self._due = self.latest + self._told_every
+        text, self._ready = self._ready, ""
         self._said.append(text)
         self._pieces += 1
         return Tokens(call=0, generation=self.generation, sequence=self._pieces - 1, text=text)
