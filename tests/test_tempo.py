@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flink_llm.engine.tempo import KEPT, LEAST_SHARE, LONG, Tempo, TempoMeter
+from flink_llm.engine.tempo import KEPT, LEAST_SHARE, NEAR, Tempo, TempoMeter
 
-COUNTS = st.lists(st.integers(1, LONG), min_size=2, max_size=KEPT, unique=True)
+COUNTS = st.lists(st.integers(1, NEAR), min_size=2, max_size=KEPT, unique=True)
 
 
 @given(COUNTS, st.floats(0.001, 0.1), st.floats(0.0001, 0.01))
@@ -30,13 +30,23 @@ def test_whatever_is_measured_neither_a_run_nor_a_token_takes_less_than_nothing(
         assert tempo.reading(tempo.tokens_in(1.0)) <= 1.0 + 1e-6 or tempo.run_s > 1.0
 
 
-def test_a_long_run_does_not_hide_what_short_ones_take():
+def test_runs_far_into_a_prompt_tell_how_much_slower_they_are_and_change_no_line():
     meter = TempoMeter()
     meter.stepped(0.01)
-    meter.read(512, 5.12)
+    for count in (10, 20) * 20:
+        meter.read(count, 0.1 + count * 0.004)
+    assert meter.tempo.reading(20) == pytest.approx(0.18)
+    for _ in range(40):
+        meter.read(20, 0.36, past=1000)
+    assert meter.tempo.reading(20) == pytest.approx(0.36, rel=0.01)
+    assert meter.tempo.reading(10) == pytest.approx(0.28, rel=0.01)
+    for _ in range(40):
+        meter.read(20, 0.18)
+    assert meter.tempo.reading(20) == pytest.approx(0.18, rel=0.01)
+
+
+def test_a_run_far_into_a_prompt_is_better_than_nothing():
+    meter = TempoMeter()
+    meter.stepped(0.01)
+    meter.read(512, 5.12, past=512)
     assert meter.tempo == Tempo(0.01, 0.0, 0.01)
-    for count in (10, 20):
-        meter.read(count, 0.1 + count * 0.001)
-    before = meter.tempo
-    meter.read(512, 50.0)
-    assert meter.tempo == before and before.known

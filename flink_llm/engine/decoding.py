@@ -127,7 +127,7 @@ class Decoding:
             logits = self._decoder.prefill(_slot(entry), entry.prompt[start : start + count], start)
         except Exception as error:  # its prompt's, whatever it is: the others go on
             return self._fail(entry, error, said)
-        self._meter.read(count, time.monotonic() - began)
+        self._meter.read(count, time.monotonic() - began, start)
         self._have_read(entry, count, logits, said)
 
     def _begin(self, entry: Entry[_Generation], at: float) -> None:

@@ -100,7 +100,7 @@ class Costs:
         self._steps[size] = smoothed(self._steps.get(size), seconds)
 
     def run(self, size: int, tokens: int, seconds: float) -> float:
-        """A run over so many tokens while `size` texts decoded; how many tokens plain steps would have made meanwhile."""
+        """A run over so many tokens while `size` texts decoded; how many tokens plain steps would make."""
         self._runs.read(tokens, seconds)
         return self._tokens(size, seconds)
 

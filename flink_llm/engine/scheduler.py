@@ -38,7 +38,7 @@ SWAP_MOST = 512
 """Tokens up to which what slots hold is moved: others wait meanwhile."""
 CHUNK, CHUNK_LEAST = 512, 16
 """Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
-STEPS_WAITED, PROMPTS_MOST = 1.5, 3
+STEPS_WAITED, PROMPTS_MOST = 1.25, 3
 """How many of their own steps others wait, at the most, while a chunk is read: for each prompt that is to be read, up
 to so many. A run takes long by itself: of many prompts everybody is through earlier by longer chunks."""
 

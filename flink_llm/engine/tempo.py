@@ -7,8 +7,8 @@ from flink_llm.engine.pace import smoothed
 
 KEPT = 32
 """Runs over prompts that are remembered."""
-LONG = 128
-"""Tokens from which a run tells little of shorter ones: attention takes its part."""
+NEAR = 128
+"""Tokens of a prompt up to which a run is on the line; beyond, attention takes its part as well."""
 LEAST_SHARE = 0.25
 """Of a run's time, what its tokens take at the least: measurements that say less are chance."""
 
@@ -47,26 +47,34 @@ class TempoMeter:
     """Learns the `tempo` from what it is told.
 
     A run reads all weights, however few its tokens are, and then takes so much for each of them: a straight
-    line through the latest runs (least squares).
+    line through the latest runs at the beginning of a prompt (least squares). How far the others are above
+    it is told by the latest of them.
     """
 
     def __init__(self) -> None:
         self._step_s: float | None = None
         self._runs: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self._line = UNKNOWN
+        self._above = 1.0
         self.tempo = UNKNOWN
 
     def stepped(self, seconds: float) -> None:
         """A step of everybody who decodes took so long."""
         self._step_s = smoothed(self._step_s, seconds)
-        self.tempo = Tempo(self._step_s, self.tempo.run_s, self.tempo.token_s)
+        self._tell()
 
-    def read(self, tokens: int, seconds: float) -> None:
-        """A run over so many tokens of prompts took so long."""
-        if tokens > LONG and self._runs:
-            return
-        self._runs.append((tokens, seconds))
-        run_s, token_s = _line(self._runs)
-        self.tempo = Tempo(self._step_s or 0.0, run_s, token_s)
+    def read(self, tokens: int, seconds: float, past: int = 0) -> None:
+        """A run over so many tokens, behind `past` tokens of their prompt, took so long."""
+        if past + tokens <= NEAR or not self._runs:
+            self._runs.append((tokens, seconds))
+            self._line = Tempo(0.0, *_line(self._runs))
+        if expected := self._line.reading(tokens):
+            self._above = smoothed(self._above, seconds / expected)
+        self._tell()
+
+    def _tell(self) -> None:
+        line, above = self._line, self._above
+        self.tempo = Tempo(self._step_s or 0.0, above * line.run_s, above * line.token_s)
 
 
 def _line(runs: deque[tuple[int, float]]) -> tuple[float, float]:
