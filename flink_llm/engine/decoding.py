@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flink_llm.engine.aside import Aside
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.job import Job, Said
-from flink_llm.engine.lookup import Costs, Lookup, Payoff
+from flink_llm.engine.lookup import GUESS, Costs, Lookup, Payoff
 from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.preparing import Prepared, Preparing
@@ -170,14 +170,14 @@ class Decoding:
 
     def _guess(self, entry: Entry[_Generation], size: int) -> list[int]:
         one, sequence = entry.item, entry.item.sequence
-        if not self._settings.speculation or not self._costs.allow(size, one.payoff.size):
+        if not self._settings.speculation or not self._costs.allow(size, GUESS):
             return []
         if one.lookup is None:
             one.lookup = Lookup([*sequence.prompt, *sequence.tokens])
         if not one.payoff.worth_it():
             return []
         room = min(sequence.options.max_tokens, self._context - len(sequence.prompt)) - sequence.count - 1
-        guess = one.lookup.guess(min(one.payoff.size, room)) if room > 0 else []
+        guess = one.lookup.guess(min(GUESS, room)) if room > 0 else []
         return guess if self._costs.allow(size, len(guess)) else []
 
     def _verify(self, entry: Entry[_Generation], guess: list[int], size: int, said: Said) -> None:
@@ -191,7 +191,7 @@ class Decoding:
         except Exception as error:
             return self._fail(entry, error, said)
         self.metrics.step(1)
-        cost = self._costs.run(size, len(read), time.monotonic() - began)
+        cost = self._costs.run(size, time.monotonic() - began)
         right = 0
         for row, token, guessed in zip(logits, read, [*guess, None], strict=True):
             self._scheduler.decoded(entry, token)
@@ -200,7 +200,7 @@ class Decoding:
                 break
             right += 1
         self._decoder.cut(slot, start + right + 1)
-        one.payoff.record(right, len(guess) - right, cost)
+        one.payoff.record(right, cost)
         self.metrics.guess(right, len(guess) - right)
 
     def _next(self, entry: Entry[_Generation], logits: NDArray[np.floating[Any]], said: Said) -> None:

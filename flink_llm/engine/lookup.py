@@ -10,12 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from flink_llm.engine.pace import smoothed
-from flink_llm.engine.tempo import TempoMeter
 
 LONGEST, SHORTEST = 4, 2
 """Tokens that must agree for a guess, tried from the longest."""
-GUESS, GUESS_MOST = 12, 48
-"""Tokens of one guess at most: at first, and after guesses that were right to their end, each time twice as many."""
+GUESS = 12
+"""Tokens of one guess at most."""
 TRIAL, PAUSE = 3, 32
 """After so many guesses in a row that did not pay, how many tokens go by without one."""
 REACH = 16_384
@@ -57,10 +56,9 @@ class Lookup:
 
 
 class Payoff:
-    """Whether guessing pays for one text, and how many tokens a guess may have: told what each cost and brought."""
+    """Whether guessing pays for one text: told what each guess cost and brought."""
 
     def __init__(self) -> None:
-        self.size = GUESS
         self._losses = 0
         self._pause = 0
 
@@ -71,16 +69,12 @@ class Payoff:
             return False
         return True
 
-    def record(self, right: int, wrong: int, cost: float) -> None:
-        """A guess whose run took `cost` plain steps, how many of its tokens were right and how many were not.
+    def record(self, accepted: int, cost: float) -> None:
+        """A guess whose run took `cost` plain steps and of whose tokens `accepted` were right.
 
         The run itself yields one token more, as a plain step does.
         """
-        if wrong:
-            self.size = GUESS
-        elif right >= self.size:
-            self.size = min(2 * self.size, GUESS_MOST)
-        if right + 1 >= cost:
+        if accepted + 1 >= cost:
             self._losses = 0
             return
         self._losses += 1
@@ -89,24 +83,24 @@ class Payoff:
 
 
 class Costs:
-    """What steps, by how many texts decode, and guesses' runs have been taking, in seconds."""
+    """What steps and guesses' runs have been taking, in seconds, smoothed."""
 
     def __init__(self) -> None:
         self._steps: dict[int, float] = {}
-        self._runs = TempoMeter()
+        self._run: float | None = None
 
     def step(self, size: int, seconds: float) -> None:
         """A plain step of `size` texts."""
         self._steps[size] = smoothed(self._steps.get(size), seconds)
 
-    def run(self, size: int, tokens: int, seconds: float) -> float:
-        """A run over so many tokens while `size` texts decoded; how many tokens plain steps would make."""
-        self._runs.read(tokens, seconds)
+    def run(self, size: int, seconds: float) -> float:
+        """A guess's run while `size` texts decoded; how many tokens plain steps would have made meanwhile."""
+        self._run = smoothed(self._run, seconds)
         return self._tokens(size, seconds)
 
     def allow(self, size: int, guessed: int) -> bool:
         """Whether a guess of so many tokens can pay if it is right, as far as is known."""
-        return size in self._steps and guessed + 1 > self._tokens(size, self._runs.tempo.reading(guessed + 1))
+        return size in self._steps and guessed + 1 > self._tokens(size, self._run or 0.0)
 
     def _tokens(self, size: int, seconds: float) -> float:
         return seconds * size / self._steps[size] if self._steps.get(size) else 0.0
