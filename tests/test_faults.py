@@ -442,9 +442,7 @@ def test_text_that_may_be_told_together_is_told_seldom_and_whole(folder: Path, s
     tokens = [*tokenizer.encode_text("price ok \u00e4 price ok Z behind"), 2]
     told = {}
     for every in (0.0, 60.0):
-        sequence = Sequence(
-            [5], Options(stop=stop, max_tokens=limit), "g", tokenizer, frozenset([2]), told_every=every
-        )
+        sequence = Sequence([5], Options(stop=stop, max_tokens=limit), "g", tokenizer, frozenset([2]), told_every=every)
         pieces = []
         for token in tokens:
             pieces.append(sequence.take(token, 512))

@@ -48,6 +48,7 @@ def open_session(folder: ModelFolder, device: str, threads: int) -> ort.Inferenc
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # of its own threads, see denormals.py
     with contextlib.ExitStack() as stack:
         graph = folder.graph_file(stack)
         chosen = providers(device)
