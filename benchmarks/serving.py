@@ -81,24 +81,31 @@ def steady(engine: Ours, shape: Shape, size: Size, steps: list[float]) -> dict[s
     for request in mixed(shape, count, size.longest, "steady"):
         at += drawn.expovariate(SHARE * per_second)
         requests.append(Request(request.tokens, request.text, request.reply, at))
-    times = engine.do(_timed(engine, requests))
+    arrived, times = engine.do(_timed(engine, requests))
     found = [(span(said), expected(said, times, steps)) for said in times if len(said) > 1]
     ratios = [seen / bare for seen, bare in found]
+    waits = [(said[0] - at) * 1000 for at, said in zip(arrived, times, strict=True)]
     return {
         "tpot_p99_ratio": round(float(np.quantile(ratios, 0.99)), 3),
         "tpot_p50_ratio": round(float(np.quantile(ratios, 0.5)), 3),
         "tpot_p99_ms": round(float(np.quantile([seen for seen, _ in found], 0.99)), 2),
+        "ttft_p50_ms": round(float(np.quantile(waits, 0.5)), 1),
+        "ttft_p99_ms": round(float(np.quantile(waits, 0.99)), 1),
         "requests": len(requests),
         "requests_per_s": round(SHARE * per_second, 2),
     }
 
 
-async def _timed(engine: Ours, requests: list[Request]) -> list[list[float]]:
+async def _timed(engine: Ours, requests: list[Request]) -> tuple[list[float], list[list[float]]]:
+    """When each request came, and each of its tokens."""
+    began = time.perf_counter()
+
     async def one(request: Request) -> list[float]:
-        await asyncio.sleep(request.at)
+        await asyncio.sleep(request.at - (time.perf_counter() - began))
         return [time.perf_counter() async for _ in engine.model.generate(request.text, max_tokens=request.reply)]
 
-    return list(await asyncio.gather(*(one(request) for request in requests)))
+    times = await asyncio.gather(*(one(request) for request in requests))
+    return [began + request.at for request in requests], list(times)
 
 
 def span(said: list[float]) -> float:

@@ -23,13 +23,13 @@ HOLD_S = 0.5
 """How long, in all, a reply that has begun may stand still while others' prompts are read in one go."""
 HOLD_SHARE = 3
 """Replies that may stand still so for each prompt that is being read."""
-DELAY_SHARE, DELAY_MOST, DELAY_QUEUED = 0.2, 0.35, 0.6
-"""How much longer a reply may take, in all, for the prompts of others: for each that is being read; at the most; and
-at the most once as many requests wait for a slot as there are.
+DELAY_LEAST, DELAY_MOST = 0.2, 0.45
+"""How much longer a reply may take, in all, for the prompts of others: for one that comes alone, and once as many more
+wait, to be read or for a slot, as there are slots.
 
 A prompt that comes alone is read a little later; of a burst everybody is done later where its prompts wait."""
-DELAY_GROWS_S = 1.0
-"""A second for which a prompt has been read counts as one more prompt: a long one is not to wait for ever."""
+DELAY_GROWS_S = 5.0
+"""After so many seconds of being read a prompt that is alone delays replies as many do: it is not to wait for ever."""
 FORESEEN = 64
 """Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
 
@@ -186,8 +186,8 @@ class Scheduler(Generic[T]):
     def plan(self, most: int = CHUNK, tempo: Tempo = UNKNOWN) -> Plan[T]:
         """What to do in the next step, `most` tokens of a prompt where nobody waits for them.
 
-        No prompt is read where that would delay a reply by more than a share of its own time (`DELAY_SHARE`), as
-        far as `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that it prefilled, and
+        No prompt is read where that would delay a reply by more than a share of its own time (`DELAY_LEAST` to
+        `DELAY_MOST`), as far as `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that it prefilled, and
         `decoded` of each token.
         """
         plan: Plan[T] = Plan(swap=self._close_up())
@@ -207,11 +207,12 @@ class Scheduler(Generic[T]):
 
     def _share(self, filling: list[Entry[T]]) -> float:
         """Of its own time, how much longer a reply may take for these prompts."""
-        since = min((entry.began for entry in filling), default=0.0)
-        urgency = len(filling) + (self._clock() - since) / DELAY_GROWS_S
-        queued = min(1.0, len(self._queue) / self._slots.count)
-        most = DELAY_MOST + (DELAY_QUEUED - DELAY_MOST) * queued
-        return min(DELAY_SHARE * urgency, most) if filling else 0.0
+        if not filling:
+            return 0.0
+        others = len(self._queue) + len(filling) - 1
+        age = self._clock() - min(entry.began for entry in filling)
+        pressure = min(1.0, others / self._slots.count + age / DELAY_GROWS_S)
+        return DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * pressure
 
     def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int, tempo: Tempo) -> None:
         if not filling:
