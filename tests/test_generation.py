@@ -9,13 +9,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from flink_llm.engine.faults import fault_error
 from flink_llm.engine.generation import (
     AWAITED_TOLD_S,
     CallInfo,
     Generation,
     Model,
     current_call,
-    fault_error,
     work_id,
 )
 from flink_llm.engine.options import default_seed

@@ -25,6 +25,15 @@ def fault_of(error: BaseException, call: int = 0) -> Fault:
     return Fault(call=call, kind="record", code="model_error", message=text)
 
 
+def fault_error(fault: Fault) -> Exception:
+    """The error of a fault that an engine reports."""
+    if fault.kind == "record":
+        return RecordError(fault.code, fault.message)
+    if fault.kind == "overloaded":
+        return Overloaded(fault.message, fault.retry_after)
+    return Outage(fault.message)
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether an allocation failed, in Python or in ONNX Runtime, whose errors differ by their texts only.
 

@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack
 import msgspec
 from msgspec import NODEFAULT, Struct
 
+from flink_llm.engine.faults import fault_error
 from flink_llm.engine.ids import new_id
 from flink_llm.engine.options import Choices, chosen
 from flink_llm.engine.protocol import (
@@ -24,7 +25,7 @@ from flink_llm.engine.protocol import (
     Tokens,
     WorkKind,
 )
-from flink_llm.errors import ConfigError, Outage, Overloaded, RecordError
+from flink_llm.errors import ConfigError, Outage, RecordError
 from flink_llm.records import ChatResponse, Logprob, Message, Timings, TokenRecord, Usage
 from flink_llm.watching import current_watch, during
 
@@ -375,12 +376,3 @@ class Generation(AsyncIterator[TokenRecord]):
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self._whole().__await__()
-
-
-def fault_error(fault: Fault) -> Exception:
-    """The error of a fault that an engine reports."""
-    if fault.kind == "record":
-        return RecordError(fault.code, fault.message)
-    if fault.kind == "overloaded":
-        return Overloaded(fault.message, fault.retry_after)
-    return Outage(fault.message)
