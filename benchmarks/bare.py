@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.load import Request, rate
 from benchmarks.machine import CORES
 from flink_llm.engine.decoder import LOGITS_FROM, open_session
-from flink_llm.engine.denormals import flush_denormals
+from flink_llm.engine.denormals import flushed
 from flink_llm.engine.model import open_model_folder
 
 Floats = NDArray[np.floating[Any]]
@@ -25,7 +25,6 @@ class Bare:
     """One batch in a shared-buffer cache: prompts of one length together, then everybody's tokens."""
 
     def __init__(self, folder: Path, rows: int = 16) -> None:
-        flush_denormals()
         opened = open_model_folder(folder)
         manifest = opened.manifest
         self.session = open_session(opened, "cpu", CORES)
@@ -59,7 +58,8 @@ class Bare:
         binding.bind_input(LOGITS_FROM, "cpu", 0, np.int64, begin.shape, begin.ctypes.data)
         mask = np.ones((rows, length), np.int64)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, mask.shape, mask.ctypes.data)
-        self.session.run_with_iobinding(binding)
+        with flushed():
+            self.session.run_with_iobinding(binding)
         return logits
 
     def bind(self, tokens: NDArray[np.int64], logits: Floats) -> ort.IOBinding:
@@ -106,5 +106,6 @@ class Step:
         self._tokens[:, 0] = tokens
         shape = (self._rows, position + 1)
         self._binding.bind_input("attention_mask", "cpu", 0, np.int64, shape, self._mask.ctypes.data)
-        self._session.run_with_iobinding(self._binding)
+        with flushed():
+            self._session.run_with_iobinding(self._binding)
         return self._logits[:, 0]

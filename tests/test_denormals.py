@@ -1,16 +1,20 @@
-import platform
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flink_llm.engine.denormals import flush_denormals
+from flink_llm.engine import denormals
+from flink_llm.engine.decoder import open_session
+from flink_llm.engine.denormals import flushed
+from flink_llm.engine.model import open_model_folder
 
-SMALL = np.float32(1e-30)
+DEMO = Path(__file__).parents[1] / "models" / "support-chat"
+known = pytest.mark.skipif(denormals._LIBM is None, reason="done with glibc on x86-64 only")
 
 
 def product() -> float:
-    return float((np.full(64, SMALL) * np.full(64, np.float32(1e-12)))[0])
+    return float((np.full(64, np.float32(1e-30)) * np.full(64, np.float32(1e-12)))[0])
 
 
 def in_a_thread(work):
@@ -21,20 +25,28 @@ def in_a_thread(work):
     return found[0]
 
 
-@pytest.mark.skipif(
-    platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="done with glibc on x86-64 only"
-)
-def test_denormals_are_zeros_on_the_thread_that_asks_and_on_no_other():
-    def asked():
-        before = product()
-        assert flush_denormals()
-        return before, product()
+@known
+def test_denormals_are_zeros_within():
+    with flushed():
+        assert product() == 0.0
+        with pytest.raises(ValueError, match="x"), flushed():
+            raise ValueError("x")
+        assert product() == 0.0
+    assert product() > 0
 
-    before, after = in_a_thread(asked)
-    assert (before > 0, after) == (True, 0.0)
-    assert product() == before
+
+@known
+def test_a_session_leaves_its_maker_as_it_was():
+    def made():
+        session = open_session(open_model_folder(DEMO), "cpu", 2)
+        return session is not None and product()
+
+    assert in_a_thread(made) > 0
+    made()
+    assert product() > 0
 
 
 def test_other_machines_go_on_without(monkeypatch):
-    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    assert in_a_thread(flush_denormals) is False
+    monkeypatch.setattr(denormals, "_LIBM", None)
+    with flushed():
+        assert product() > 0

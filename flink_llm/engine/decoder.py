@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from flink_llm.engine.adapters import BASE, Adapters
 from flink_llm.engine.cache import KvCache
+from flink_llm.engine.denormals import flushed
 from flink_llm.engine.faults import lacks_memory
 from flink_llm.engine.model import Manifest, ModelFolder
 from flink_llm.errors import ConfigError, ModelFolderError, Outage
@@ -54,7 +55,8 @@ def open_session(folder: ModelFolder, device: str, threads: int) -> ort.Inferenc
         chosen = providers(device)
         stack.enter_context(_attention(folder.manifest.context_length))
         try:
-            session = ort.InferenceSession(graph, options, providers=chosen)
+            with flushed():
+                session = ort.InferenceSession(graph, options, providers=chosen)
         except Exception as error:  # ONNX Runtime's errors share no base class
             if lacks_memory(error):
                 raise Outage(f"{folder.manifest.name}: no memory for the graph: {error}") from error
@@ -161,7 +163,8 @@ class Decoder:
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)
         _bind_output(binding, "logits", logits)
-        self._session.run_with_iobinding(binding)
+        with flushed():
+            self._session.run_with_iobinding(binding)
 
     def read_together(self, first: int, prompts: Sequence[Sequence[int]]) -> NDArray[np.floating[Any]]:
         """Reads whole prompts into slots `first` and on in one run; logits [prompts, vocabulary] after each of them.
@@ -206,7 +209,8 @@ class Decoder:
         adapted = np.full(end - first, BASE)
         adapted[[slot - first for slot in used]] = self._adapted[used]
         self._bound[first, end] = self._adapters.bind(binding, adapted, self._bound.get((first, end), BASE))
-        self._session.run_with_iobinding(binding)
+        with flushed():
+            self._session.run_with_iobinding(binding)
         self._lengths[used] += 1
         return self._logits[:end, 0]
 

@@ -1,4 +1,4 @@
-"""Denormal numbers as zeros, on the thread that runs a model.
+"""Denormal numbers as zeros, on the thread that runs a model and while it does.
 
 The softmax of a trained model's attention leaves many numbers below 1e-38, and a processor multiplies each of
 them some hundred times slower than others. ONNX Runtime has an option for its own threads, and none for the
@@ -7,28 +7,50 @@ one that calls it, which does its share of the work.
 
 import ctypes
 import ctypes.util
-import logging
 import platform
 import sys
+from typing import Any
 
-log = logging.getLogger(__name__)
 _FLUSH_AND_ZERO = 0x8040
 """FTZ and DAZ of MXCSR (Intel's manual, volume 1, 10.2.3)."""
-_MXCSR, _WORDS = 7, 8
-"""Where MXCSR is in glibc's `fenv_t` for x86-64, in words of 32 bits, and how many those are."""
+_MXCSR = 7
+"""Where MXCSR is in `_Environment`."""
+_Environment = ctypes.c_uint32 * 8
+"""glibc's `fenv_t` for x86-64."""
 
 
-def flush_denormals() -> bool:
-    """Makes denormal results and operands zeros for the calling thread; whether it could: glibc on x86-64 only."""
+def _libm() -> Any:
+    """The C library's part that holds the floating-point environment; None where its layout is not known."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc":
-        return False
+        return None
     try:
-        libm = ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6")
-        environment = (ctypes.c_uint32 * _WORDS)()
-        if libm.fegetenv(environment) != 0:
-            return False
-        environment[_MXCSR] |= _FLUSH_AND_ZERO
-        return bool(libm.fesetenv(environment) == 0)
-    except (OSError, AttributeError) as error:  # slower, and no less right
-        log.debug("denormal numbers stay: %s", error)
-        return False
+        found = ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6")
+        return found if hasattr(found, "fegetenv") and hasattr(found, "fesetenv") else None
+    except OSError:
+        return None
+
+
+_LIBM = _libm()
+
+
+class flushed:
+    """Within, denormal operands and results are zeros on this thread; after it all is as before.
+
+    That undoes what ONNX Runtime does to the thread that makes a process's first session, too. Does nothing but
+    with glibc on x86-64.
+    """
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        if _LIBM is None:
+            return
+        self._before = _Environment()
+        _LIBM.fegetenv(self._before)
+        within = _Environment(*self._before)
+        within[_MXCSR] |= _FLUSH_AND_ZERO
+        _LIBM.fesetenv(within)
+
+    def __exit__(self, *error: object) -> None:
+        if _LIBM is not None:
+            _LIBM.fesetenv(self._before)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flink_llm.engine.decoder import check_value, open_session
+from flink_llm.engine.denormals import flushed
 from flink_llm.engine.model import ModelFolder
 from flink_llm.errors import ModelFolderError
 
@@ -78,7 +79,9 @@ class Encoder:
             kinds[row, : len(tokens)] = tokens
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
         feeds = {name: value for name, value in feeds.items() if name in self._inputs}
-        output = self._session.run([self._output], feeds)[0].astype(np.float32)
+        with flushed():
+            found = self._session.run([self._output], feeds)[0]
+        output = found.astype(np.float32)
         match self._manifest.kind:
             case "embedding":
                 return self._pool(output, mask)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from flink_llm.engine.answers import Answers
 from flink_llm.engine.decoder import providers
 from flink_llm.engine.decoding import Decoding
-from flink_llm.engine.denormals import flush_denormals
 from flink_llm.engine.encoding import Encoding
 from flink_llm.engine.faults import fault_of, lacks_memory
 from flink_llm.engine.job import Emit, Job, Said, ServedModel
@@ -150,7 +149,6 @@ class OnnxBackend:
     # The thread's side.
 
     def _run(self) -> None:
-        flush_denormals()
         said: Said = []
         try:
             while not self._stopping:

@@ -187,8 +187,8 @@ class Scheduler(Generic[T]):
         """What to do in the next step, `most` tokens of a prompt where nobody waits for them.
 
         No prompt is read where that would delay a reply by more than a share of its own time (`DELAY_LEAST` to
-        `DELAY_MOST`), as far as `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that it
-        prefilled, and `decoded` of each token.
+        `DELAY_MOST`), as far as `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that
+        it prefilled, and `decoded` of each token.
         """
         plan: Plan[T] = Plan(swap=self._close_up())
         plan.sharing = self._admit()
