@@ -73,7 +73,7 @@ class Bare:
         binding.bind_output("logits", "cpu", 0, self._type, logits.shape, logits.ctypes.data)
         return binding
 
-    def step_ms(self, rows: int, position: int, count: int = 8) -> float:
+    def step_ms(self, rows: int, position: int, count: int = 24) -> float:
         """Median milliseconds of a step of `rows` sequences that are `position` tokens long, argmax included.
 
         The sequences are read first: a cache that was never written is one page of zeros, in the processor's nearest

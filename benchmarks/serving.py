@@ -52,11 +52,11 @@ QUICK = Size(14.0, 48, repeats=2)
 
 def measure(folder: Path, shape: Shape, size: Size) -> dict[str, Any]:
     """All three; see the module."""
-    steps = _bare_steps(folder, size.longest)
+    bare = Bare(folder, SLOTS)
     with Ours(folder, slots=SLOTS) as engine:
         engine.run(make(shape, [(16, 8)] * SLOTS, "warm"))
         return {
-            **steady(engine, shape, size, steps),
+            **steady(engine, shape, size, bare),
             **long_prompt(engine, shape, size),
             **prefix(engine, shape, size),
             "isa": isa(),
@@ -64,15 +64,14 @@ def measure(folder: Path, shape: Shape, size: Size) -> dict[str, Any]:
         }
 
 
-def _bare_steps(folder: Path, position: int) -> list[float]:
+def _bare_steps(bare: Bare, position: int) -> list[float]:
     """Milliseconds of a bare step by rows, from 0 rows on."""
-    bare = Bare(folder, SLOTS)
     measured = {rows: bare.step_ms(rows, position) for rows in (1, 2, 3, 4, 6, 8, 12, 16)}
     return list(np.interp(range(SLOTS + 1), list(measured), list(measured.values())))
 
 
-def steady(engine: Ours, shape: Shape, size: Size, steps: list[float]) -> dict[str, Any]:
-    """Poisson arrivals at 70 % of capacity."""
+def steady(engine: Ours, shape: Shape, size: Size, bare: Bare) -> dict[str, Any]:
+    """Poisson arrivals at 70 % of capacity, and bare steps before and after them: a machine's speed changes."""
     sample = mixed(shape, 4 * SLOTS, size.longest, "capacity")
     per_second = engine.run(sample) / (sum(request.reply for request in sample) / len(sample))
     drawn = random.Random("arrivals")
@@ -81,7 +80,9 @@ def steady(engine: Ours, shape: Shape, size: Size, steps: list[float]) -> dict[s
     for request in mixed(shape, count, size.longest, "steady"):
         at += drawn.expovariate(SHARE * per_second)
         requests.append(Request(request.tokens, request.text, request.reply, at))
+    before = _bare_steps(bare, size.longest)
     arrived, times = engine.do(_timed(engine, requests))
+    steps = [(one + other) / 2 for one, other in zip(before, _bare_steps(bare, size.longest), strict=True)]
     found = [(span(said), expected(said, times, steps)) for said in times if len(said) > 1]
     ratios = [seen / bare for seen, bare in found]
     waits = [(said[0] - at) * 1000 for at, said in zip(arrived, times, strict=True)]

@@ -96,12 +96,13 @@ class Decoding:
         if plan.prefill is not None:
             began = time.monotonic()
             if plan.beside:
-                self._prefill_together([plan.prefill[0], *plan.beside], said)
+                self._prefill_together(plan.reads, said)
             else:
                 self._prefill(*plan.prefill, said)
             self._scheduler.waited(time.monotonic() - began)
         if plan.decode:
-            self._go_on(plan.decode, said)
+            begun = [entry for entry in plan.reads if not entry.left and not entry.gone]
+            self._go_on([*plan.decode, *begun], said)
         return bool(plan.prefill or plan.decode)
 
     def _take_prepared(self, said: Said) -> None:

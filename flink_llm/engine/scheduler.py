@@ -91,6 +91,11 @@ class Plan(Generic[T]):
     decode: list[Entry[T]] = field(default_factory=list)
 
     @property
+    def reads(self) -> list[Entry[T]]:
+        """Whose prompts its run reads. Those that it reads to their end decode in the same step."""
+        return [] if self.prefill is None else [self.prefill[0], *self.beside]
+
+    @property
     def tokens(self) -> int:
         """Of prompts that its run reads, padding included."""
         if self.prefill is None:
