@@ -84,8 +84,8 @@ def steady(engine: Ours, shape: Shape, size: Size, bare: Bare) -> dict[str, Any]
     arrived, times = engine.do(_timed(engine, requests))
     steps = [(one + other) / 2 for one, other in zip(before, _bare_steps(bare, size.longest), strict=True)]
     found = [(span(said), expected(said, times, steps)) for said in times if len(said) > 1]
-    ratios = [seen / bare for seen, bare in found]
-    waits = [(said[0] - at) * 1000 for at, said in zip(arrived, times, strict=True)]
+    ratios = [seen / alone for seen, alone in found]
+    waits = [(said[0] - at) * 1000 for at, said in zip(arrived, times, strict=True) if said]
     return {
         "tpot_p99_ratio": round(float(np.quantile(ratios, 0.99)), 3),
         "tpot_p50_ratio": round(float(np.quantile(ratios, 0.5)), 3),

@@ -56,7 +56,7 @@ class Adapters:
     def bind(self, binding: ort.IOBinding, rows: NDArray[np.int64], bound: int = BASE) -> int:
         """Binds what `rows`, the number of each row's adapter, need. Valid until the next `bind`.
 
-        `bound` is what this gave for the binding before. Raises KeyError for a number that is none.
+        `bound` is what this gave for the binding before. Raises KeyError for a number that none of the graph's has.
         """
         if not self.names:
             return BASE

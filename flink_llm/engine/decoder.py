@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from flink_llm.engine.adapters import BASE, Adapters
 from flink_llm.engine.cache import KvCache
-from flink_llm.engine.denormals import flushed
+from flink_llm.engine.denormals import flushed, session_entry
 from flink_llm.engine.faults import lacks_memory
 from flink_llm.engine.model import Manifest, ModelFolder
 from flink_llm.errors import ConfigError, ModelFolderError, Outage
@@ -49,7 +49,8 @@ def open_session(folder: ModelFolder, device: str, threads: int) -> ort.Inferenc
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # of its own threads, see denormals.py
+    for name, value in session_entry().items():
+        options.add_session_config_entry(name, value)
     with contextlib.ExitStack() as stack:
         graph = folder.graph_file(stack)
         chosen = providers(device)

@@ -47,6 +47,7 @@ class Decoding:
         self._meter = TempoMeter()
         self._costs = Costs()
         self._entries: dict[int, Entry[_Generation]] = {}
+        self._due: list[Entry[_Generation]] = []
         metrics.watch_cache(settings.slots, self._context, self._held)
 
     def _held(self, busy: bool) -> int:
@@ -88,6 +89,9 @@ class Decoding:
         for entry in [entry for entry in self._entries.values() if entry.item.job.cancelled]:
             entry.item.job.leave()
             self._leave(entry)
+        if self._due:  # first tokens have been told before: nobody waits for another's step
+            self._go_on(said)
+            return True
         plan = self._scheduler.plan(tempo=self._meter.tempo)
         if plan.swap is not None:
             self._decoder.swap(*plan.swap)
@@ -101,8 +105,9 @@ class Decoding:
                 self._prefill(*plan.prefill, said)
             self._scheduler.waited(time.monotonic() - began)
         if plan.decode:
-            begun = [entry for entry in plan.reads if not entry.left and not entry.gone]
-            self._go_on([*plan.decode, *begun], said)
+            self._due = [*plan.decode, *(entry for entry in plan.reads if not entry.left)]
+            if not said:
+                self._go_on(said)
         return bool(plan.prefill or plan.decode)
 
     def _take_prepared(self, said: Said) -> None:
@@ -117,6 +122,7 @@ class Decoding:
     def drop(self) -> list[Job]:
         """See `ServedModel.drop`."""
         entries, self._entries = self._entries, {}
+        self._due = []
         self._scheduler = self._new_scheduler()
         return [*self._aside.drop(), *(entry.item.job for entry in entries.values())]
 
@@ -157,8 +163,9 @@ class Decoding:
         if not entry.left:
             self._next(entry, logits, said)
 
-    def _go_on(self, entries: list[Entry[_Generation]], said: Said) -> None:
-        """The next token of everybody, and the next few of those whose text can be guessed."""
+    def _go_on(self, said: Said) -> None:
+        """The next token of everybody who is due, and the next few of those whose text can be guessed."""
+        entries, self._due = [entry for entry in self._due if not entry.gone], []
         plain = []
         for entry in entries:
             guess = self._guess(entry, len(entries))

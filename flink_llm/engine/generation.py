@@ -211,7 +211,7 @@ class Model(Served):
 class Generation(AsyncIterator[TokenRecord]):
     """A reply: iterate it for its `TokenRecord`s, or await it for the whole; it runs once.
 
-    One that is awaited is told in pieces of a tenth of a second: of one that ends early so much may be missing.
+    One that is awaited comes in pieces of a tenth of a second: ended early, it may lack what was said since the last.
 
     It starts at the first of these, goes on where a reader left it, and once ended yields nothing more.
     After its end: `text`, `finish_reason`, `usage`, `timings`, `logprobs`, `generation_id`, `message` (the

@@ -8,7 +8,9 @@ from flink_llm.engine.pace import smoothed
 KEPT = 32
 """Runs over prompts that are remembered."""
 NEAR = 128
-"""Tokens of a prompt up to which a run is on the line; beyond, attention takes its part as well."""
+"""Tokens of a prompt up to which attention takes no part that counts; longer runs tell nothing of shorter ones."""
+MOST_ABOVE = 4.0
+"""How many times as long as expected a run may count for: a machine that stood still tells nothing of a run."""
 LEAST_SHARE = 0.25
 """Of a run's time, what its tokens take at the least: measurements that say less are chance."""
 
@@ -36,8 +38,8 @@ class Tempo:
 
     @property
     def worth_a_run(self) -> int:
-        """Tokens that take as long as a run does by itself; 0 where unknown."""
-        return int(self.run_s / self.token_s) if self.token_s else 0
+        """Tokens that take as long as a run does by itself, at most `NEAR`; 0 where unknown."""
+        return min(NEAR, int(self.run_s / self.token_s)) if self.token_s else 0
 
 
 UNKNOWN = Tempo()
@@ -47,13 +49,14 @@ class TempoMeter:
     """Learns the `tempo` from what it is told.
 
     A run reads all weights, however few its tokens are, and then takes so much for each of them: a straight
-    line through the latest runs at the beginning of a prompt (least squares). How far the others are above
-    it is told by the latest of them.
+    line through the latest short runs (least squares), those at the beginning of prompts if there are any of several
+    lengths, else those behind. How far runs are from it at present is told by the latest of them, wherever.
     """
 
     def __init__(self) -> None:
         self._step_s: float | None = None
-        self._runs: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self._near: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self._far: deque[tuple[int, float]] = deque(maxlen=KEPT)
         self._line = UNKNOWN
         self._above = 1.0
         self.tempo = UNKNOWN
@@ -65,16 +68,23 @@ class TempoMeter:
 
     def read(self, tokens: int, seconds: float, past: int = 0) -> None:
         """A run over so many tokens, behind `past` tokens of their prompt, took so long."""
-        if past + tokens <= NEAR or not self._runs:
-            self._runs.append((tokens, seconds))
-            self._line = Tempo(0.0, *_line(self._runs))
         if expected := self._line.reading(tokens):
+            seconds = min(seconds, MOST_ABOVE * expected)
             self._above = smoothed(self._above, seconds / expected)
+        if tokens <= NEAR or not expected:
+            (self._near if past + tokens <= NEAR else self._far).append((tokens, seconds))
+            runs = self._near if _several(self._near) or not _several(self._far) else self._far
+            self._line = Tempo(0.0, *_line(runs or self._far))
         self._tell()
 
     def _tell(self) -> None:
         line, above = self._line, self._above
         self.tempo = Tempo(self._step_s or 0.0, above * line.run_s, above * line.token_s)
+
+
+def _several(runs: deque[tuple[int, float]]) -> bool:
+    """Whether their lengths differ."""
+    return len({count for count, _ in runs}) > 1
 
 
 def _line(runs: deque[tuple[int, float]]) -> tuple[float, float]:
