@@ -36,19 +36,6 @@ SWAP_MOST = 512
 """Tokens up to which what slots hold is moved: others wait meanwhile."""
 CHUNK, CHUNK_LEAST = 512, 16
 """Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
-DELAY_LEAST, DELAY_MOST = 0.2, 0.45
-"""How much longer a reply may take, in all, for the prompts of others: for one that comes alone, and once as many more
-wait, to be read or for a slot, as there are slots.
-
-A prompt that comes alone is read a little later; of a burst everybody is done later where its prompts wait."""
-DELAY_GROWS_S = 5.0
-"""After so many seconds of being read a prompt that is alone delays replies as many do: it is not to wait for ever."""
-FORESEEN = 64
-"""Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
-SWAP_MOST = 512
-"""Tokens up to which what slots hold is moved: others wait meanwhile."""
-CHUNK, CHUNK_LEAST = 512, 16
-"""Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
 STEPS_WAITED, PROMPTS_MOST = 1.25, 3
 """How many of their own steps others wait while a chunk is read, for each prompt that is to be read, up to so many.
 
