@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from benchmarks.load import Request, rate
 from benchmarks.machine import CORES
-from flink_llm.engine.decoder import LOGITS_FROM, open_session
 from flink_llm.engine.denormals import flushed
+from flink_llm.engine.graphs import LOGITS_FROM, open_session
 from flink_llm.engine.model import open_model_folder
 
 Floats = NDArray[np.floating[Any]]

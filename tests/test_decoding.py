@@ -70,7 +70,7 @@ def alone(folder, prompt, tokens):
 
 def amidst(folder, new):
     """Replies decode, more than a burst holds, and a prompt has just been read whose first token has a text."""
-    steps = Steps(folder, speculation=False)
+    steps = Steps(folder, speculation=False, mixed_mb=0)
     for number in range(HOLD_SHARE + 1):
         steps.ask(f"long {number}", f"a text that goes on {number}", 60)
     while len(steps.said()) <= HOLD_SHARE or not all(steps.said().values()):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from flink_llm.engine import denormals
-from flink_llm.engine.decoder import open_session
 from flink_llm.engine.denormals import flushed
+from flink_llm.engine.graphs import open_session
 from flink_llm.engine.model import open_model_folder
 
 DEMO = Path(__file__).parents[1] / "models" / "support-chat"

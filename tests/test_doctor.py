@@ -109,13 +109,13 @@ def program(folder, name, text):
 
 
 def test_a_gpu_must_be_there_for_a_job_that_asks_for_one(tmp_path, monkeypatch):
-    from flink_llm.engine import decoder
+    from flink_llm.engine import graphs
 
     monkeypatch.setattr(checks, "flavour", lambda: "onnxruntime-gpu")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(ConfigError, match=r"this ONNX Runtime has no CUDA: install flink-llm\[gpu\]"):
         checks.gpu(HostSettings(device="cuda"))
-    monkeypatch.setattr(decoder, "providers", lambda device: [])
+    monkeypatch.setattr(graphs, "providers", lambda device: [])
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"^host.device is 'cuda', no NVIDIA GPU is seen here"):
         checks.gpu(HostSettings(device="cuda"))

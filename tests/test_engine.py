@@ -9,6 +9,7 @@ import onnx_ir
 import pytest
 
 from flink_llm.engine import decoder as decoder_module
+from flink_llm.engine import graphs
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import export_decoder
@@ -260,14 +261,14 @@ def test_short_contexts_are_attended_without_tiles(folder, tmp_path, monkeypatch
     shutil.copytree(folder, tmp_path / "copy")
     opened = open_model_folder(tiny.changed(tmp_path / "copy", context_length=context))
     during = []
-    session = decoder_module.ort.InferenceSession
+    session = graphs.ort.InferenceSession
 
     def open_session(*arguments, **options):
         during.append(os.environ.get(variable))
         return session(*arguments, **options)
 
-    monkeypatch.setattr(decoder_module.ort, "InferenceSession", open_session)
-    decoder_module.open_session(opened, "cpu", 1)
+    monkeypatch.setattr(graphs.ort, "InferenceSession", open_session)
+    graphs.open_session(opened, "cpu", 1)
     assert during == [seen]
     assert os.environ.get(variable) == next(iter(given), None)
 
@@ -277,9 +278,9 @@ def test_a_prompts_logits_are_made_for_its_last_token_alone(folder, monkeypatch)
     prompt = [5, 6, 7, 8]
     every = decoder.read(0, prompt, 0)
     sizes = []
-    bind_output = decoder_module._bind_output
+    bind_output = decoder_module.bind_output
     monkeypatch.setattr(
-        decoder_module, "_bind_output", lambda *given: (sizes.append(given[2].shape), bind_output(*given))
+        decoder_module, "bind_output", lambda *given: (sizes.append(given[2].shape), bind_output(*given))
     )
     np.testing.assert_allclose(decoder.prefill(0, prompt, 0), every[-1], atol=1e-5)
     assert sizes == [(1, 1, 320)]
@@ -289,12 +290,12 @@ def test_a_graph_that_makes_all_logits_serves_as_well(folder, tmp_path):
     old = shutil.copytree(folder, tmp_path / "old")
     model = onnx_ir.load(old / "model.onnx")
     graph = model.graph
-    first = next(value for value in graph.inputs if value.name == decoder_module.LOGITS_FROM)
+    first = next(value for value in graph.inputs if value.name == graphs.LOGITS_FROM)
     cut = next(iter(first.uses())).node
     cut.outputs[0].replace_all_uses_with(cut.inputs[0])
     graph.remove(cut, safe=True)
     graph.inputs.remove(first)
-    del graph.initializers[decoder_module.LOGITS_FROM]
+    del graph.initializers[graphs.LOGITS_FROM]
     onnx_ir.save(model, old / "model.onnx")
 
     async def reply(model):

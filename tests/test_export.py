@@ -76,7 +76,7 @@ def test_a_manifest_says_what_the_model_is(llama: Path, tmp_path: Path) -> None:
     assert (made.num_layers, made.num_kv_heads, made.head_dim, made.context_length) == (2, 2, 16, 512)
     assert (made.eos_token_ids, made.vocab_size) == ([2], small_models.VOCABULARY)
     assert made.special_tokens["bos_token"] == "<s>"
-    assert set(made.files) == {"model.onnx", "model.onnx.data", "tokenizer.json", "chat_template.jinja"}
+    assert set(made.files) == {"model.onnx", "model.onnx.data", "mixed.onnx", "tokenizer.json", "chat_template.jinja"}
     assert made.files["model.onnx.data"].bytes < 1.3 * 110_000  # its parameters, a byte each
 
 

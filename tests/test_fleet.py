@@ -534,7 +534,8 @@ def test_a_decoder_needs_its_files_and_its_cache(models: Path) -> None:
     files = sum(path.stat().st_size for path in (models / "v1").iterdir() if path.name != "manifest.json")
     cache = OnnxBackend(SETTINGS)._open(str(models / "v1"), hash_of(models / "v1"))._decoder._cache
     held = sum(array.nbytes for array in cache._arrays)
-    assert needed_bytes(manifest, SLOTS) == files + held
+    assert needed_bytes(manifest, SLOTS, mixed_mb=0) == files + held
+    assert needed_bytes(manifest, SLOTS) == files + held + manifest.files["model.onnx.data"].bytes
 
 
 def test_idle_models_make_room_and_come_back_by_themselves(folder: Path, models: Path) -> None:

@@ -427,10 +427,11 @@ def test_no_reply_stands_still_for_long_in_all(steps):
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 200), st.integers(1, 90)), min_size=1, max_size=40),
     st.sampled_from([0.0001, 0.001, 0.004]),
     st.sampled_from([0.0, 0.002]),
+    st.booleans(),
 )
-def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s, run_s):
+def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s, run_s, mixes):
     tempo = Tempo(token_s=token_s, run_s=run_s, step_s=0.01)
-    scheduler: Scheduler[int] = Scheduler(slots=4, limit=1000, clock=Clock())
+    scheduler: Scheduler[int] = Scheduler(slots=4, limit=1000, mixes=mixes, clock=Clock())
     seen: dict[int, float] = {}
     arrivals = iter(steps)
     count, left = 0, sum(number for number, _, _ in steps)
@@ -441,7 +442,9 @@ def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s, run_s):
             count += 1
         plan = scheduler.plan(64, tempo)
         if plan.prefill:
-            seconds = tempo.reading(plan.tokens)
+            seconds = (tempo.mixed if plan.mixed else tempo).reading(plan.tokens)
+            assert plan.mixed == (mixes and bool(plan.decode))
+            assert not (plan.mixed and plan.beside), "a mixed run reads one prompt"
             waits = [entry for entry in scheduler._running if not entry.left]
             for entry in waits:
                 seen[entry.item] = seen.get(entry.item, 0.0) + seconds
@@ -459,9 +462,9 @@ def test_prompts_delay_a_reply_by_no_more_than_its_share(steps, token_s, run_s):
     raise AssertionError("somebody waits for ever")
 
 
-def beside_a_reply(lengths: list[int], slots: int = 8) -> Scheduler[int]:
+def beside_a_reply(lengths: list[int], slots: int = 8, *, mixes: bool = False) -> Scheduler[int]:
     """Replies decode, one more than a burst holds, and prompts of these lengths have come."""
-    scheduler: Scheduler[int] = Scheduler(slots=slots, limit=100, clock=Clock())
+    scheduler: Scheduler[int] = Scheduler(slots=slots, limit=100, mixes=mixes, clock=Clock())
     replies = HOLD_SHARE * len(lengths) + 1
     for number in range(replies):
         scheduler.add(number, prompt(1), priority=5, now=0.0, tokens=1000)
@@ -483,6 +486,18 @@ def test_chunks_are_longer_where_more_prompts_are_to_be_read():
 def test_no_run_is_left_for_a_rest_that_takes_less_than_half_a_run_by_itself(length, read):
     tempo = Tempo(step_s=0.1, run_s=0.05, token_s=0.001)
     assert beside_a_reply([length]).plan(512, tempo).prefill[2] == read
+
+
+def test_in_the_run_of_a_step_only_a_prompts_tokens_take_time():
+    tempo = Tempo(step_s=0.1, run_s=0.05, token_s=0.001)
+    plan = beside_a_reply([400], mixes=True).plan(512, tempo)
+    assert (plan.mixed, plan.prefill[2]) == (True, int(STEPS_WAITED * 0.1 / 0.001))
+    plan = beside_a_reply([20, 20], slots=40, mixes=True).plan(512, tempo)
+    assert (plan.mixed, plan.prefill[2], plan.beside) == (True, 20, [])
+    short = Tempo(step_s=0.01, run_s=0.05, token_s=0.001)
+    assert beside_a_reply([100], mixes=True).plan(512, short).prefill[2] == CHUNK_LEAST, (
+        "a run of its own takes too long"
+    )
 
 
 def test_replies_wait_longer_for_prompts_while_requests_wait_for_a_slot():

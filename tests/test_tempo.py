@@ -76,3 +76,22 @@ def test_a_machine_that_stood_still_is_forgotten_soon(past, stall):
     for count in (10, 20, 30, 40) * 3:
         meter.read(count, 0.01 + count * 0.0003)
     assert meter.tempo.reading(20) == pytest.approx(0.016, rel=0.3)
+
+
+def test_what_a_prompt_adds_to_a_step_tells_how_long_its_tokens_take_now():
+    meter = TempoMeter()
+    meter.stepped(0.02)
+    for count in (10, 20) * 20:
+        meter.read(count, 0.01 + count * 0.001)
+    for _ in range(40):
+        assert meter.mixed(20, 0.02 + 20 * 0.0015) == pytest.approx(0.03)
+    assert meter.tempo.token_s == pytest.approx(0.0015, rel=0.02)
+    assert meter.tempo.step_s == 0.02, "a step is what it is without a prompt"
+    assert meter.mixed(1, 0.5) == pytest.approx(0.48), "of a few tokens nothing is learnt"
+    assert meter.tempo.token_s == pytest.approx(0.0015, rel=0.02)
+    assert meter.mixed(20, 0.01) == 0.0, "nobody waited for less than nothing"
+
+
+def test_in_a_mixed_run_tokens_are_all_that_takes_time():
+    tempo = Tempo(step_s=0.02, run_s=0.01, token_s=0.001)
+    assert (tempo.mixed.reading(20), tempo.mixed.tokens_in(0.02), tempo.mixed.step_s) == (0.02, 20, 0.02)

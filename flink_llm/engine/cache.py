@@ -41,14 +41,16 @@ class KvCache:
         """Whether rows can be copied and parked."""
         return bool(self._arrays)
 
-    def bind(self, binding: ort.IOBinding, *, first: int, rows: int) -> None:
-        """Binds rows `first` and on as a run's past and present."""
+    def bind(
+        self, binding: ort.IOBinding, *, first: int, rows: int, past: str = "past_key_values", present: str = "present"
+    ) -> None:
+        """Binds rows `first` and on as a run's past and present, inputs and outputs whose names begin so."""
         shape = [rows, *self._shape]
         for name, value in self._values.items():
             at = value.data_ptr() + first * self._row_bytes
             where = (self._device, self._device_id, self._dtype, shape, at)
-            binding.bind_input(f"past_key_values.{name}", *where)
-            binding.bind_output(f"present.{name}", *where)
+            binding.bind_input(f"{past}.{name}", *where)
+            binding.bind_output(f"{present}.{name}", *where)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Makes the first `count` positions of a row those of another."""

@@ -6,9 +6,7 @@ copied in a step: prefill to the one row of its slot, a decode step to all rows 
 one that decodes. Rows between that do not decode run along, see `cache`.
 """
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,80 +16,25 @@ from numpy.typing import NDArray
 
 from flink_llm.engine.adapters import BASE, Adapters
 from flink_llm.engine.cache import KvCache
-from flink_llm.engine.denormals import flushed, session_entry
-from flink_llm.engine.faults import lacks_memory
-from flink_llm.engine.model import Manifest, ModelFolder
-from flink_llm.errors import ConfigError, ModelFolderError, Outage
+from flink_llm.engine.denormals import flushed
+from flink_llm.engine.graphs import LOGITS_FROM, bind_input, bind_output, check_names, check_value, open_session
+from flink_llm.engine.mixed import MixedRuns
+from flink_llm.engine.model import Manifest, ModelFolder, held_twice
+from flink_llm.errors import ConfigError, ModelFolderError
 
-_TILED_ABOVE = 4096
-"""Tokens of context above which attention goes in tiles: else the scores of a whole run are held, as for all of it."""
-_NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-LOGITS_FROM = "logits_from"
-"""An input that a graph may have: of which position the first logits are wanted, see `export_logits`."""
 Array = NDArray[np.int64]
 _TYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-
-
-def providers(device: str) -> list[tuple[str, dict[str, str]]]:
-    """ONNX Runtime's providers of a device. Raises ConfigError for a GPU that is not there."""
-    if device == "cpu":
-        return [("CPUExecutionProvider", {})]
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise ConfigError(
-            f"host.device is {device!r}, this ONNX Runtime has no CUDA: install flink-llm[gpu] instead of [cpu]"
-        )
-    number = device.partition(":")[2] or "0"
-    return [("CUDAExecutionProvider", {"device_id": number}), ("CPUExecutionProvider", {})]
-
-
-def open_session(folder: ModelFolder, device: str, threads: int) -> ort.InferenceSession:
-    """A session over a checked folder. Raises ModelFolderError, ConfigError, Outage for a lack of memory."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    for name, value in session_entry().items():
-        options.add_session_config_entry(name, value)
-    with contextlib.ExitStack() as stack:
-        graph = folder.graph_file(stack)
-        chosen = providers(device)
-        stack.enter_context(_attention(folder.manifest.context_length))
-        try:
-            with flushed():
-                session = ort.InferenceSession(graph, options, providers=chosen)
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            if lacks_memory(error):
-                raise Outage(f"{folder.manifest.name}: no memory for the graph: {error}") from error
-            raise ModelFolderError(f"{folder.manifest.name}: the graph cannot be loaded: {error}") from error
-    if session.get_providers()[0] != chosen[0][0]:
-        raise ConfigError(f"host.device is {device!r}, ONNX Runtime could not use it; see the host's log")
-    return session
-
-
-@contextlib.contextmanager
-def _attention(context: int) -> Iterator[None]:
-    """ONNX Runtime asks the environment, when a session is made, which of its attentions it takes on the CPU.
-
-    The one in tiles runs a step of rows of several lengths row by row, and without the machine's vector
-    instructions; the other is faster from a few hundred tokens on, where no scale is left to it (`export_scale`).
-    """
-    if context > _TILED_ABOVE or _NO_TILES in os.environ:
-        yield
-        return
-    os.environ[_NO_TILES] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[_NO_TILES]
 
 
 class Decoder:
     """One model's graph and cache. Not thread-safe: one thread runs the steps.
 
-    Raises ModelFolderError for a graph with other inputs or outputs than a decoder's, ConfigError for a
-    cache that is larger than the machine's memory.
+    `mixed_mb`: of what size in MB its weights may be to be held twice, for mixed runs. Raises ModelFolderError for
+    a graph with other inputs or outputs than a decoder's, ConfigError for a cache that is larger than the machine's
+    memory.
     """
 
-    def __init__(self, folder: ModelFolder, *, device: str, threads: int, slots: int) -> None:
+    def __init__(self, folder: ModelFolder, *, device: str, threads: int, slots: int, mixed_mb: int = 0) -> None:
         manifest = folder.manifest
         self.vocabulary = manifest.vocab_size
         self.context = manifest.context_length
@@ -111,6 +54,8 @@ class Decoder:
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._adapted = np.full(slots, BASE)
         self._bound: dict[tuple[int, int], int] = {}
+        mixes = bool(held_twice(manifest, mixed_mb)) and device == "cpu" and slots > 1
+        self._mixed = MixedRuns(folder, threads, slots, self._cache, logits_dtype) if mixes else None
 
     @property
     def copies(self) -> bool:
@@ -121,6 +66,15 @@ class Decoder:
     def together(self) -> bool:
         """Whether `read_together` can be asked for: padded rows have been verified on the CPU only."""
         return self._cache.in_reach
+
+    @property
+    def mixes(self) -> bool:
+        """Whether `step_beside` can be asked for."""
+        return self._mixed is not None
+
+    def fits_beside(self, slots: Sequence[int], slot: int) -> bool:
+        """Whether a prompt in `slot` can be read in the run of a step of `slots`: not where it lies between them."""
+        return self.mixes and not min(slots) < slot < max(slots)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -158,12 +112,12 @@ class Decoder:
     def _run(self, first: int, ids: Array, mask: Array, begin: Array, logits: NDArray[np.floating[Any]]) -> None:
         binding = self._session.io_binding()
         if self._slices:
-            _bind_input(binding, LOGITS_FROM, begin)
+            bind_input(binding, LOGITS_FROM, begin)
         self._adapters.bind(binding, self._adapted[first : first + len(ids)])
         self._cache.bind(binding, first=first, rows=len(ids))
-        _bind_input(binding, "input_ids", ids)
-        _bind_input(binding, "attention_mask", mask)
-        _bind_output(binding, "logits", logits)
+        bind_input(binding, "input_ids", ids)
+        bind_input(binding, "attention_mask", mask)
+        bind_output(binding, "logits", logits)
         with flushed():
             self._session.run_with_iobinding(binding)
 
@@ -204,9 +158,9 @@ class Decoder:
         if binding is None:
             binding = self._bindings[first, end] = self._session.io_binding()
             self._cache.bind(binding, first=first, rows=end - first)
-            _bind_input(binding, "input_ids", self._tokens[first:end])
-            _bind_output(binding, "logits", self._logits[first:end])
-        _bind_input(binding, "attention_mask", mask)
+            bind_input(binding, "input_ids", self._tokens[first:end])
+            bind_output(binding, "logits", self._logits[first:end])
+        bind_input(binding, "attention_mask", mask)
         adapted = np.full(end - first, BASE)
         adapted[[slot - first for slot in used]] = self._adapted[used]
         self._bound[first, end] = self._adapters.bind(binding, adapted, self._bound.get((first, end), BASE))
@@ -214,6 +168,25 @@ class Decoder:
             self._session.run_with_iobinding(binding)
         self._lengths[used] += 1
         return self._logits[:end, 0]
+
+    def step_beside(
+        self, slots: Sequence[int], tokens: Sequence[int], slot: int, chunk: Sequence[int], start: int
+    ) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+        """A `prefill` of `chunk` in `slot` and a `step` of the others in one run, where that `fits_beside` them."""
+        if self._mixed is None:
+            raise RuntimeError("a mixed run of a graph without the form for it: this is a bug")
+        used = list(slots)
+        first, end = min(used), max(used) + 1
+        if start == 0:
+            self._cache.forget(slot)
+        self._cache.use([slot])
+        past = self._past(used, first, end)
+        given = np.zeros(end - first, dtype=np.int64)
+        given[[each - first for each in used]] = tokens
+        last, every = self._mixed.run(first, given.tolist(), past, slot, chunk, start)
+        self._lengths[slot] = start + len(chunk)
+        self._lengths[used] += 1
+        return last, every
 
     def copy(self, source: int, slot: int, count: int) -> None:
         """Makes the first `count` tokens that a slot holds those of another."""
@@ -238,6 +211,10 @@ class Decoder:
             for length in sorted({min(2, self.context - 1), self.context - 1}):
                 self._lengths[0] = length
                 self.step([0], [self.vocabulary - 1])
+        if self.mixes:
+            self._lengths[0] = self.context - 1
+            self.step_beside([0], [self.vocabulary - 1], 1, [self.vocabulary - 1] * min(2, self.context), 0)
+            self.release(1)
         self.release(0)
 
     def release(self, slot: int) -> None:
@@ -257,14 +234,6 @@ class Decoder:
         return past
 
 
-def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
 def _check_room(manifest: Manifest, slots: int, needed: int) -> None:
     there = psutil.virtual_memory().total
     if needed > there:
@@ -278,14 +247,8 @@ def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> tuple[typ
     """Compares the graph with the manifest; the element types of its cache and of its logits."""
     layers = range(manifest.num_layers)
     parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
-    inputs = {value.name: value for value in session.get_inputs()}
-    outputs = {value.name: value for value in session.get_outputs()}
     wanted = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
-    for name in sorted(wanted ^ set(inputs)):
-        state = "has no input" if name in wanted else "has a surplus input"
-        raise ModelFolderError(f"{manifest.name}: the graph {state} {name!r}")
-    for name in sorted({"logits", *(f"present.{part}" for part in parts)} - set(outputs)):
-        raise ModelFolderError(f"{manifest.name}: the graph has no output {name!r}")
+    inputs, outputs = check_names(manifest, session, wanted, {"logits", *(f"present.{part}" for part in parts)})
     if not parts:
         raise ModelFolderError(f"{manifest.name}: the manifest names no layers")
     cache = [None, manifest.num_kv_heads, manifest.context_length, manifest.head_dim]
@@ -298,14 +261,3 @@ def _check_graph(session: ort.InferenceSession, manifest: Manifest) -> tuple[typ
         if kind not in _TYPES:
             raise ModelFolderError(f"{manifest.name}: the graph's cache or logits are {kind}")
     return tuple(_TYPES[kind] for kind in types)
-
-
-def check_value(manifest: Manifest, value: Any, wanted: Sequence[int | None]) -> None:
-    """Compares the fixed dimensions of a graph's input or output with the manifest's. Raises ModelFolderError."""
-    fits = len(value.shape) == len(wanted) and all(
-        expected is None or not isinstance(found, int) or found == expected
-        for found, expected in zip(value.shape, wanted, strict=True)
-    )
-    if not fits:
-        says = ["any" if size is None else size for size in wanted]
-        raise ModelFolderError(f"{manifest.name}: the graph's {value.name} is {value.shape}, the manifest says {says}")

@@ -21,6 +21,9 @@ from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tempo import TempoMeter
 from flink_llm.errors import RecordError
 
+Chunk = tuple[Entry["_Generation"], int, int]
+"""Whose prompt, from which position, how many tokens."""
+
 
 @dataclass(eq=False)
 class _Generation:
@@ -40,7 +43,9 @@ class Decoding:
         self._preparing = Preparing(folder)
         self._aside: Aside[Prepared] = Aside(settings.queue)
         self._context = manifest.context_length
-        self._decoder = Decoder(folder, device=device, threads=settings.threads, slots=settings.slots)
+        self._decoder = Decoder(
+            folder, device=device, threads=settings.threads, slots=settings.slots, mixed_mb=settings.mixed_mb
+        )
         self._decoder.warm_up()
         self._settings = settings
         self._scheduler = self._new_scheduler()
@@ -56,7 +61,8 @@ class Decoding:
 
     def _new_scheduler(self) -> Scheduler[_Generation]:
         able = self._decoder
-        return Scheduler(self._settings.slots, self._settings.queue, copies=able.copies, together=able.together)
+        slots, queue = self._settings.slots, self._settings.queue
+        return Scheduler(slots, queue, copies=able.copies, together=able.together, mixes=able.mixes)
 
     def add(self, job: Job) -> None:
         """See `ServedModel.add`. Raises RecordError, Overloaded, and what a tokenizer or a template raise."""
@@ -97,6 +103,10 @@ class Decoding:
             self._decoder.swap(*plan.swap)
         for entry in plan.sharing:
             self._decoder.copy(entry.source, _slot(entry), entry.shared)
+        if plan.mixed and plan.prefill is not None:
+            self._due = plan.decode
+            self._go_on(said, plan.prefill)
+            return True
         if plan.prefill is not None:
             began = time.monotonic()
             if plan.beside:
@@ -163,8 +173,11 @@ class Decoding:
         if not entry.left:
             self._next(entry, logits, said)
 
-    def _go_on(self, said: Said) -> None:
-        """The next token of everybody who is due, and the next few of those whose text can be guessed."""
+    def _go_on(self, said: Said, chunk: Chunk | None = None) -> None:
+        """The next token of everybody who is due, and the next few of those whose text can be guessed.
+
+        `chunk` of a prompt is read in the run of those tokens, or by itself where there are none.
+        """
         entries, self._due = [entry for entry in self._due if not entry.gone], []
         plain = []
         for entry in entries:
@@ -173,8 +186,35 @@ class Decoding:
                 self._verify(entry, guess, len(entries), said)
             else:
                 plain.append(entry)
+        if chunk is not None and plain and self._decode_beside(plain, chunk, said):
+            return
+        if chunk is not None:
+            began = time.monotonic()
+            self._prefill(*chunk, said)
+            self._scheduler.waited(time.monotonic() - began)
         if plain:
             self._decode(plain, said)
+
+    def _decode_beside(self, entries: list[Entry[_Generation]], chunk: Chunk, said: Said) -> bool:
+        """The next tokens and a chunk of a prompt in one run; False where that has to be done in two."""
+        entry, start, count = chunk
+        slots = [_slot(each) for each in entries]
+        last = [each.item.sequence.last for each in entries]
+        began = time.monotonic()
+        if not self._decoder.fits_beside(slots, _slot(entry)):
+            return False
+        if start == entry.shared:
+            self._begin(entry, began)
+        try:
+            read, logits = self._decoder.step_beside(
+                slots, last, _slot(entry), entry.prompt[start : start + count], start
+            )
+        except Exception:  # one by one shows whose fault it was
+            return False
+        self._scheduler.waited(self._meter.mixed(count, time.monotonic() - began))
+        self._have_decoded(entries, slots, last, logits, said)
+        self._have_read(entry, count, read, said)
+        return True
 
     def _guess(self, entry: Entry[_Generation], size: int) -> list[int]:
         one, sequence = entry.item, entry.item.sequence
@@ -219,8 +259,7 @@ class Decoding:
 
     def _decode(self, entries: list[Entry[_Generation]], said: Said) -> None:
         slots = [_slot(entry) for entry in entries]
-        sequences = [entry.item.sequence for entry in entries]
-        last = [sequence.last for sequence in sequences]
+        last = [entry.item.sequence.last for entry in entries]
         began = time.monotonic()
         try:
             logits = self._decoder.step(slots, last)
@@ -233,7 +272,19 @@ class Decoding:
         took = time.monotonic() - began
         self._meter.stepped(took)
         self._costs.step(len(entries), took)
+        self._have_decoded(entries, slots, last, logits, said)
+
+    def _have_decoded(
+        self,
+        entries: list[Entry[_Generation]],
+        slots: list[int],
+        last: list[int],
+        logits: NDArray[np.floating[Any]],
+        said: Said,
+    ) -> None:
+        """`last` was read in these slots: the tokens behind, from their logits [any, vocabulary] by slot."""
         self.metrics.step(len(entries))
+        sequences = [entry.item.sequence for entry in entries]
         for entry, slot, token, sequence in zip(entries, slots, last, sequences, strict=True):
             self._scheduler.decoded(entry, token)
             sequence.weigh(logits[slot])

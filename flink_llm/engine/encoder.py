@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flink_llm.engine.decoder import check_value, open_session
 from flink_llm.engine.denormals import flushed
+from flink_llm.engine.graphs import check_value, open_session
 from flink_llm.engine.model import ModelFolder
 from flink_llm.errors import ModelFolderError
 

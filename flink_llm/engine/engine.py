@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable
 
 from flink_llm.engine.answers import Answers
-from flink_llm.engine.decoder import providers
 from flink_llm.engine.decoding import Decoding
 from flink_llm.engine.encoding import Encoding
 from flink_llm.engine.faults import fault_of, lacks_memory
+from flink_llm.engine.graphs import providers
 from flink_llm.engine.job import Emit, Job, Said, ServedModel
 from flink_llm.engine.metrics import Metrics
 from flink_llm.engine.model import Manifest, open_model_folder, read_manifest
@@ -74,7 +74,7 @@ class OnnxBackend:
     async def look(self, folder: str, sha256: str | None) -> tuple[Loaded, int]:
         """See `Shelf.look`."""
         manifest, found = await asyncio.to_thread(read_manifest, folder, sha256)
-        return _loaded(manifest, found), needed_bytes(manifest, self._settings.slots)
+        return _loaded(manifest, found), needed_bytes(manifest, self._settings.slots, self._settings.mixed_mb)
 
     async def unload(self, sha256: str) -> None:
         """See `Shelf.unload`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flink_llm.engine.decoder import open_session
+from flink_llm.engine.graphs import open_session
 from flink_llm.engine.model import ModelFolder, open_model_folder
 from flink_llm.engine.parity import open_decoder
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from flink_llm.engine.export_adapters import add_adapters
 from flink_llm.engine.export_logits import slice_logits
+from flink_llm.engine.export_mixed import mix
 from flink_llm.engine.export_peft import PeftAdapter
 from flink_llm.engine.export_scale import fold_scale
 from flink_llm.engine.export_source import NEEDS, Source
-from flink_llm.engine.model import adapter_file
+from flink_llm.engine.model import MIXED, adapter_file
 from flink_llm.engine.quantize import EightBits, Form, FourBits, quantize_rows
 from flink_llm.errors import ExportError
 
@@ -70,6 +71,8 @@ def build_decoder(
         for name in ("model.onnx", "model.onnx.data"):
             if (built / name).exists():
                 shutil.copyfile(built / name, made / name)
+    if precision != "fp16" and not adapters:  # what the engine takes on the CPU
+        mix(made / "model.onnx", made / MIXED)
     for adapter in adapters:
         shutil.copyfile(built / adapter_file(adapter.name), made / adapter_file(adapter.name))
     special = _texts(source, made)

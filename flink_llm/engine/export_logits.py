@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from flink_llm.engine.decoder import LOGITS_FROM
+from flink_llm.engine.graphs import LOGITS_FROM
 
 _PRODUCTS = ("MatMul", "MatMulNBits", "Gemm")
 _END = np.iinfo(np.int64).max

@@ -19,6 +19,7 @@ import click
 from filelock import FileLock, Timeout
 
 from flink_llm.engine.fleet import Fleet
+from flink_llm.engine.model import MIXED_MB
 from flink_llm.engine.peer import Peer
 from flink_llm.engine.place import held_file, socket_path
 from flink_llm.engine.settings import HostSettings, resolve_device
@@ -176,6 +177,13 @@ def command(
     @click.option("--queue", default=4096, show_default=True, help="Requests that may wait.")
     @click.option("--cache-mb", default=64.0, show_default=True, help="Megabytes for answers of encoders; 0: none.")
     @click.option("--memory-mb", type=click.IntRange(1), help="What all models may take together; no bound if absent.")
+    @click.option(
+        "--mixed-mb",
+        type=click.IntRange(0),
+        default=MIXED_MB,
+        show_default=True,
+        help="Megabytes of weights up to which they are held twice, for prompts and tokens in one run; 0: never.",
+    )
     @click.option(
         "--speculation",
         type=bool,

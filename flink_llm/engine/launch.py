@@ -81,6 +81,7 @@ def _command(settings: HostSettings, device: str, path: Path) -> list[str]:
         "slots": settings.slots,
         "queue": settings.queue,
         "cache-mb": settings.cache_mb,
+        "mixed-mb": settings.mixed_mb,
         "speculation": settings.speculation,
         "linger": settings.linger_s,
         "linger-work": settings.linger_work_s,

@@ -1,6 +1,7 @@
 """The model folder: what it must hold, and the check that stands before ONNX Runtime.
 
     model.onnx [model.onnx.data]   the graph
+    mixed.onnx                     decoders only, perhaps: its form for mixed runs, see `export_mixed`
     tokenizer.json                 Hugging Face tokenizers
     chat_template.jinja            decoders only
     adapter.NAME.safetensors       decoders only, one for each of the manifest's `adapters`
@@ -26,6 +27,10 @@ from flink_llm.errors import ModelFolderError
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
+MIXED = "mixed.onnx"
+MIXED_MB = 512
+"""MB of weights up to which they are held twice, where nothing else is said."""
+MB = 1024 * 1024
 MANIFEST_BYTES = 1_000_000
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z"
 
@@ -77,16 +82,24 @@ class ModelFolder(Struct, frozen=True):
     sha256: str
     files: dict[str, bytes]
 
-    def graph_file(self, stack: Any) -> str:
-        """The path of the graph in a private copy.
+    def graph_file(self, stack: Any, form: str = GRAPH) -> str:
+        """The path of the graph, in this form, in a private copy.
 
         `stack` is a contextlib.ExitStack that keeps the copy until the session is made.
         """
         copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flink-llm-model-")))
-        for name in (GRAPH, DATA):
+        for name in (form, DATA):
             if name in self.files:
                 (copy / name).write_bytes(self.files[name])
-        return str(copy / GRAPH)
+        return str(copy / form)
+
+
+def held_twice(manifest: Manifest, most_mb: int) -> int:
+    """Bytes of weights that are held a second time for mixed runs on a CPU: those of at most `most_mb` MB."""
+    weights = manifest.files.get(DATA)
+    if MIXED not in manifest.files or weights is None or manifest.adapters or weights.bytes > most_mb * MB:
+        return 0
+    return weights.bytes
 
 
 def adapter_file(adapter: str) -> str:

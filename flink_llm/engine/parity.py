@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from flink_llm.engine.decoder import Decoder, open_session
+from flink_llm.engine.decoder import Decoder
+from flink_llm.engine.graphs import open_session
 from flink_llm.engine.model import ModelFolder
 from flink_llm.errors import ExportError, ModelFolderError
 

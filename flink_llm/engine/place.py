@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from flink_llm import __version__
+from flink_llm.engine.model import MIXED_MB
 from flink_llm.engine.protocol import PROTOCOL_VERSION
 from flink_llm.engine.settings import HostSettings, resolve_device
 from flink_llm.errors import ConfigError
@@ -50,6 +51,8 @@ def socket_path(settings: HostSettings) -> Path:
     traits = [_gpu(device), *sizes, settings.launcher, settings.launcher_args]
     if settings.memory_mb is not None:
         traits.append(settings.memory_mb)
+    if settings.mixed_mb != MIXED_MB:
+        traits.append(f"mixed {settings.mixed_mb}")
     digest = hashlib.sha256(msgspec.json.encode(traits)).hexdigest()[:8]
     name = f"{device.replace(':', '')}-p{PROTOCOL_VERSION}-{__version__}-{digest}.sock"
     path = socket_folder(settings) / name

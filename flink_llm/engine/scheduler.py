@@ -82,12 +82,14 @@ class Plan(Generic[T]):
     in this order; then one run over prompts, and everybody who decodes.
 
     The run reads a chunk of one prompt, or the whole prompts of it and of those `beside` it, in neighbouring slots.
+    With `mixed` it is to be that of those who decode too.
     """
 
     swap: tuple[int, int, int] | None = None
     sharing: list[Entry[T]] = field(default_factory=list)
     prefill: tuple[Entry[T], int, int] | None = None
     beside: list[Entry[T]] = field(default_factory=list)
+    mixed: bool = False
     decode: list[Entry[T]] = field(default_factory=list)
 
     @property
@@ -106,7 +108,7 @@ class Plan(Generic[T]):
 
 class Scheduler(Generic[T]):
     """Slots 0 to `slots` - 1, a queue of at most `limit`; `copies` says that a slot can be copied to another,
-    `together` that prompts can be read in one run.
+    `together` that prompts can be read in one run, `mixes` that a prompt can be read in the run of a step.
 
     Both who is given a slot and who is prefilled is decided by rank: arrival, later by `AGEING_S` for each
     step of priority. It never changes, so whoever comes more than that later is behind. `clock` gives
@@ -120,11 +122,13 @@ class Scheduler(Generic[T]):
         *,
         copies: bool = True,
         together: bool = True,
+        mixes: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slots = Slots(slots, copies=copies)
         self._limit = limit
         self._together = together
+        self._mixes = mixes
         self._arrivals = 0
         self._queue: list[Entry[T]] = []  # by rank
         self._clock = clock
@@ -204,8 +208,10 @@ class Scheduler(Generic[T]):
         hold = self._hold(decoding, len(filling))
         for held in (True, False) if hold else (False,):
             plan.decode = [] if held else decoding
-            self._read(plan, filling, most, tempo)
-            if not (plan.prefill and decoding and tempo.known) or tempo.reading(plan.tokens) <= spare:
+            plan.mixed = bool(self._mixes and plan.decode)
+            at = tempo.mixed if plan.mixed else tempo
+            self._read(plan, filling, most, at)
+            if not (plan.prefill and decoding and tempo.known) or at.reading(plan.tokens) <= spare:
                 return plan
         plan.prefill, plan.beside = None, []
         return plan
@@ -230,7 +236,7 @@ class Scheduler(Generic[T]):
         count = first.left if first.left <= most + tempo.worth_a_run // 2 else most  # the rest is not worth a run
         plan.prefill = (first, first.filled, count)
         plan.beside = []
-        if self._together and not first.filled and first.left < most:
+        if self._together and not plan.mixed and not first.filled and first.left < most:
             plan.beside = _beside(first, filling, most, max(CHUNK_LEAST, tempo.worth_a_run))
 
     def _close_up(self) -> tuple[int, int, int] | None:

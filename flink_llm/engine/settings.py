@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from flink_llm.engine.model import MIXED_MB
 from flink_llm.errors import ConfigError
 
 
@@ -17,13 +18,13 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     the CPU. `threads` 0 leaves the number to ONNX Runtime. `slots` generations run at once, `queue`
     more may wait. What encoders have said is kept in about `cache_mb` megabytes, 0 keeps nothing.
     `memory_mb` is what all models of the host may take together, their KV caches among it; None sets no bound.
-    With
-    `speculation`, what a text said before is guessed to come next, where that is faster; it changes no
-    reply. All times are in seconds: the host stays `linger_s` after its last client; work whose client was
-    lost goes on for `linger_work_s`; a host must listen within `start_timeout_s`, and is taken for dead after
-    `silence_s` without a word. `launcher` is the module that is run as the host, with `launcher_args`. A
-    host's metrics are at `metrics_host`:`metrics_port`, 0 being any free port, None nowhere; of jobs that
-    share a host, the one that starts it says where. `logs` is how the host writes its log.
+    A decoder's weights of at most `mixed_mb` MB are held twice on a CPU, so that prompts are read in the runs of
+    others' tokens; 0 holds none twice. With `speculation`, what a text said before is guessed to come next, where
+    that is faster; it changes no reply. All times are in seconds: the host stays `linger_s` after its last client;
+    work whose client was lost goes on for `linger_work_s`; a host must listen within `start_timeout_s`, and is
+    taken for dead after `silence_s` without a word. `launcher` is the module that is run as the host, with
+    `launcher_args`. A host's metrics are at `metrics_host`:`metrics_port`, 0 being any free port, None nowhere; of
+    jobs that share a host, the one that starts it says where. `logs` is how the host writes its log.
     """
 
     engine: Literal["host", "embedded"] = "host"
@@ -34,6 +35,7 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     speculation: bool = True
     cache_mb: Annotated[float, Meta(ge=0)] = 64.0
     memory_mb: Annotated[int, Meta(ge=1)] | None = None
+    mixed_mb: Annotated[int, Meta(ge=0)] = MIXED_MB
     linger_s: Annotated[float, Meta(ge=0)] = 30.0
     linger_work_s: Annotated[float, Meta(ge=0)] = 30.0
     start_timeout_s: Annotated[float, Meta(gt=0)] = 60.0

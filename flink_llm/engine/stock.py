@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flink_llm.engine.model import Manifest, adapter_file
+from flink_llm.engine.model import MB, MIXED_MB, Manifest, adapter_file, held_twice
 from flink_llm.engine.protocol import Loaded
 from flink_llm.engine.work import Backend
 from flink_llm.errors import ModelFolderError, Outage
 
 log = logging.getLogger(__name__)
-MB = 1024 * 1024
 
 
 class Shelf(Backend, Protocol):
@@ -138,15 +137,17 @@ def to_leave(idle: Sequence[int], missing: int) -> int | None:
     return None
 
 
-def needed_bytes(manifest: Manifest, slots: int) -> int:
+def needed_bytes(manifest: Manifest, slots: int, mixed_mb: int = MIXED_MB) -> int:
     """The memory that a model takes: its files, and a decoder's KV cache for `slots` generations.
 
-    Adapters are held each alone and all side by side, and so reckoned twice.
+    Weights of at most `mixed_mb` MB are held twice, see `held_twice`; a GPU needs less. Adapters are held
+    each alone and all side by side, and so reckoned twice.
 
     What a run needs besides, its activations, is not in it: leave room for that beside `host.memory_mb`.
     """
     files = sum(entry.bytes for entry in manifest.files.values())
     files += sum(manifest.files[name].bytes for name in map(adapter_file, manifest.adapters) if name in manifest.files)
+    files += held_twice(manifest, mixed_mb)
     place = 2 if manifest.precision == "fp16" else 4
     tokens = slots * manifest.context_length
     return files + 2 * manifest.num_layers * manifest.num_kv_heads * manifest.head_dim * tokens * place

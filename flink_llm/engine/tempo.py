@@ -9,6 +9,8 @@ KEPT = 32
 """Runs over prompts that are remembered."""
 NEAR = 128
 """Tokens of a prompt up to which attention takes no part that counts; longer runs tell nothing of shorter ones."""
+TELLING = 16
+"""Tokens of a prompt in a step from which on they tell something."""
 MOST_ABOVE = 4.0
 """How many times as long as expected a run may count for: a machine that stood still tells nothing of a run."""
 LEAST_SHARE = 0.25
@@ -31,6 +33,11 @@ class Tempo:
     def reading(self, tokens: int) -> float:
         """Seconds of a run over so many tokens of prompts, padding included."""
         return self.run_s + tokens * self.token_s
+
+    @property
+    def mixed(self) -> "Tempo":
+        """Where prompts are read in the runs of steps: a run by itself takes nothing more."""
+        return Tempo(self.step_s, 0.0, self.token_s)
 
     def tokens_in(self, seconds: float) -> int:
         """How many tokens of prompts a run of so many seconds reads, 0 where it takes longer for one. Once `known`."""
@@ -76,6 +83,18 @@ class TempoMeter:
             runs = self._near if _several(self._near) or not _several(self._far) else self._far
             self._line = Tempo(0.0, *_line(runs or self._far))
         self._tell()
+
+    def mixed(self, tokens: int, seconds: float) -> float:
+        """A step in whose run so many tokens of a prompt were read took so long; how much longer than without them.
+
+        Of a few tokens nothing is learnt: steps differ by as much.
+        """
+        longer = max(0.0, seconds - (self._step_s or 0.0))
+        expected = tokens * self._line.token_s
+        if expected and tokens >= TELLING:
+            self._above = smoothed(self._above, min(longer / expected, MOST_ABOVE))
+            self._tell()
+        return longer
 
     def _tell(self) -> None:
         line, above = self._line, self._above

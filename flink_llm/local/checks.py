@@ -171,7 +171,7 @@ def gpu(host: HostSettings) -> str:
     if device == "cpu":
         idle = f"; not used: {', '.join(seen)} (host.device: cuda, or CUDA_VISIBLE_DEVICES)" if seen else ""
         return f"host.device {host.device} is the CPU here{idle}"
-    from flink_llm.engine.decoder import providers  # ONNX Runtime is slow to import
+    from flink_llm.engine.graphs import providers  # ONNX Runtime is slow to import
 
     flavour()
     providers(device)

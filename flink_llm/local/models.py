@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from flink_llm.engine.deployment import Traits, Version, check_alike, is_deployment, read_deployment
-from flink_llm.engine.model import ModelFolder, open_model_folder
-from flink_llm.engine.stock import MB, needed_bytes
+from flink_llm.engine.model import MB, ModelFolder, open_model_folder
+from flink_llm.engine.stock import needed_bytes
 
 HEAD = ("folder", "weight", "model", "hash", "kind", "precision", "context", "MB")
 

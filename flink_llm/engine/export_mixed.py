@@ -1,0 +1,141 @@
+"""A decoder's graph for mixed runs: a part of one prompt, and a token of everybody who decodes, in one run.
+
+A run reads all weights, however few tokens it is given, so prompts and steps had better share theirs
+(Agrawal et al. 2024, "Sarathi-Serve"). GroupQueryAttention takes no batch of longer sequences with a past. So all
+tokens are one row of the graph, those of the prompt first, and each layer has two attentions:
+
+    [1, chunk + rows, ·] ── Split ──┬── GroupQueryAttention [1, chunk, ·] ──────────────────┬── Concat ──
+                                    └── Reshape ── GroupQueryAttention [rows, 1, ·] ── Reshape ──┘
+
+All else in a decoder looks at one token at a time. The weights stay in the file that both forms name.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from flink_llm.engine.graphs import LOGITS_FROM
+from flink_llm.engine.mixed import CHUNK_LENGTH, CHUNK_PAST, CHUNK_PRESENT, CHUNK_TOTAL, ROWS_LENGTHS, ROWS_TOTAL, SPLIT
+from flink_llm.engine.model import DATA
+
+_ATTENTION = "GroupQueryAttention"
+_QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL = range(7)
+"""Inputs of an attention. Those behind are of the model, or None."""
+_LENGTHS_OF: dict[str, list[int | str]] = {CHUNK_LENGTH: [1], CHUNK_TOTAL: [1], ROWS_LENGTHS: ["rows"], ROWS_TOTAL: [1]}
+
+
+def mix(source: Path, to: Path) -> bool:
+    """Writes the form of the graph `source` for mixed runs to `to`, beside it.
+
+    False, and nothing is written, where the graph is not understood: one that makes the logits of every position,
+    holds its weights itself, or looks at more than one token outside of its attentions.
+    """
+    model = ir.load(source)
+    graph = model.graph
+    mask = next((value for value in graph.inputs if value.name == "attention_mask"), None)
+    if mask is None or LOGITS_FROM not in graph.initializers or not (source.parent / DATA).exists():
+        return False
+    lengths = [_input(graph, name, ir.DataType.INT32, shape) for name, shape in _LENGTHS_OF.items()]
+    split = _input(graph, SPLIT, ir.DataType.INT64, [2])
+    attentions = [node for node in graph if node.op_type == _ATTENTION]
+    for node in attentions:
+        _divide(graph, node, split, lengths)
+    _sweep(graph)
+    if mask.uses() or not attentions:
+        return False
+    graph.inputs.remove(mask)
+    ir.save(model, to)
+    return True
+
+
+def _divide(graph: ir.Graph, node: ir.Node, split: ir.Value, lengths: list[ir.Value]) -> None:
+    """Puts two attentions in the place of one."""
+    nodes: list[ir.Node] = []
+
+    def add(kind: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: int) -> list[ir.Value]:
+        nodes.append(ir.node(kind, inputs, attributes, num_outputs=outputs))
+        return list(nodes[-1].outputs)
+
+    of_chunk: list[ir.Value | None] = []
+    of_rows: list[ir.Value | None] = []
+    for value in node.inputs[: _VALUE + 1]:
+        if value is None:
+            of_chunk.append(None)
+            of_rows.append(None)
+            continue
+        chunk, rows = add("Split", [value, split], 2, axis=1)
+        of_chunk.append(chunk)
+        of_rows += add("Reshape", [rows, _shape(graph, [-1, 1], value)])
+    chunk_lengths, rows_lengths = lengths[:2], lengths[2:]
+    past = [node.inputs[_PAST_KEY], node.inputs[_PAST_VALUE]]
+    chunk_past = [_twin(graph, value) for value in past if value is not None]
+    chunk_out = _attend(nodes, node, [*of_chunk, *chunk_past, *chunk_lengths])
+    rows_out = _attend(nodes, node, [*of_rows, *past, *rows_lengths])
+    (flat,) = add("Reshape", [rows_out[0], _shape(graph, [1, -1], node.outputs[0])])
+    (both,) = add("Concat", [chunk_out[0], flat], axis=1)
+    graph.insert_before(node, nodes)
+    both.shape, both.type = node.outputs[0].shape, node.outputs[0].type
+    node.outputs[0].replace_all_uses_with(both)
+    for number, old in enumerate(node.outputs[1:], 1):
+        name = old.name or ""
+        _take_over(graph, old, rows_out[number], name)
+        chunk_out[number].name = f"{CHUNK_PRESENT}{name.removeprefix('present')}"
+        chunk_out[number].shape, chunk_out[number].type = old.shape, old.type
+        graph.outputs.append(chunk_out[number])
+    graph.remove(node, safe=True)
+
+
+def _attend(nodes: list[ir.Node], node: ir.Node, inputs: list[ir.Value | None]) -> list[ir.Value]:
+    """The same attention over other queries, keys, values and lengths."""
+    behind = node.inputs[_TOTAL + 1 :]
+    made = ir.node(_ATTENTION, [*inputs, *behind], dict(node.attributes), domain=node.domain, num_outputs=3)
+    nodes.append(made)
+    return list(made.outputs)
+
+
+def _take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, name: str) -> None:
+    """An output of the graph is made by another node."""
+    old.name = f"{name}/before_mixed"
+    new.name, new.shape, new.type = name, old.shape, old.type
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _twin(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """An input as this one, for the prompt's row of the cache."""
+    name = f"{CHUNK_PAST}{(value.name or '').removeprefix('past_key_values')}"
+    made = ir.Value(name=name, shape=value.shape, type=value.type)
+    graph.inputs.append(made)
+    return made
+
+
+def _input(graph: ir.Graph, name: str, kind: ir.DataType, shape: list[int | str]) -> ir.Value:
+    made = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind))
+    graph.inputs.append(made)
+    return made
+
+
+def _shape(graph: ir.Graph, before: list[int], value: ir.Value) -> ir.Value:
+    """A constant shape whose last dimension is that of `value`."""
+    if value.shape is None or not isinstance(value.shape[-1], int):
+        raise ValueError(f"{value.name} has no fixed size")
+    sizes = [*before, value.shape[-1]]
+    name = f"mixed/{'x'.join(map(str, sizes))}"
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array(sizes, np.int64), name=name)
+        made = ir.Value(name=name, const_value=tensor, shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.INT64))
+        graph.register_initializer(made)
+    return graph.initializers[name]
+
+
+def _unused(graph: ir.Graph) -> Iterator[ir.Node]:
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            yield node
+
+
+def _sweep(graph: ir.Graph) -> None:
+    """What made the lengths of the mask is not needed any more."""
+    for node in _unused(graph):
+        graph.remove(node, safe=True)
