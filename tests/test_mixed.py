@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime_genai")
 
+from flink_llm.engine import graphs
 from flink_llm.engine import model as model_module
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.engine import OnnxBackend
@@ -65,6 +66,20 @@ def test_a_mixed_run_is_a_step_and_a_prompts_part(folder: Path) -> None:
         np.testing.assert_allclose(
             mixed.step(slots, [50] * len(slots))[slots], apart.step(slots, [50] * len(slots))[slots], atol=1e-4
         )
+
+
+def test_two_sessions_do_not_take_the_cores_from_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = []
+    session = graphs.ort.InferenceSession
+
+    def opened(path: str, options: Any, **other: Any) -> Any:
+        spins = options.get_session_config_entry("session.intra_op.allow_spinning") if MIXED in path else "1"
+        entries.append((Path(path).name, spins))
+        return session(path, options, **other)
+
+    monkeypatch.setattr(graphs.ort, "InferenceSession", opened)
+    decoder(folder)
+    assert entries == [("model.onnx", "1"), (MIXED, "0")]
 
 
 def test_eight_bits_are_the_same_to_the_bit(source: Path, tmp_path: Path) -> None:
