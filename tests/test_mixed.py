@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.llama(tmp_path_factory.mktemp("source") / "llama")
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "int8"])
 def folder(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     to = tmp_path_factory.mktemp("models") / request.param
     export_decoder(source, to, name="tiny", precision=request.param)
@@ -191,6 +191,11 @@ def test_what_a_graph_must_be_to_have_the_form(folder: Path, tmp_path: Path) -> 
     onnx_ir.save(model, tmp_path / "model.onnx")
     assert not mix(tmp_path / "model.onnx", tmp_path / MIXED)
     assert not (tmp_path / MIXED).exists()
+
+
+def test_four_bits_have_no_such_form(source: Path, tmp_path: Path) -> None:
+    manifest = export_decoder(source, tmp_path / "int4", name="tiny", precision="int4")
+    assert (MIXED in manifest.files, held_twice(manifest, 512)) == (False, 0)
 
 
 def test_weights_that_are_held_twice_are_reckoned_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ SERVED = (
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _BLOCKS = (128, 32)
 """Of int4, the faster first: a product reads its weights and their scales, and unpacks each block by itself."""
+_MIXED = ("fp32", "int8")
+"""Not fp16, which is for GPUs, nor int4, whose many short products take longer in a session that does not spin."""
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _building = threading.Lock()
 
@@ -71,7 +73,7 @@ def build_decoder(
         for name in ("model.onnx", "model.onnx.data"):
             if (built / name).exists():
                 shutil.copyfile(built / name, made / name)
-    if precision != "fp16" and not adapters:  # what the engine takes on the CPU
+    if precision in _MIXED and not adapters:
         mix(made / "model.onnx", made / MIXED)
     for adapter in adapters:
         shutil.copyfile(built / adapter_file(adapter.name), made / adapter_file(adapter.name))
