@@ -10,7 +10,6 @@ tokens are one row of the graph, those of the prompt first, and each layer has t
 All else in a decoder looks at one token at a time. The weights stay in the file that both forms name.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import onnx_ir as ir
 from flink_llm.engine.graphs import LOGITS_FROM
 from flink_llm.engine.mixed import CHUNK_LENGTH, CHUNK_PAST, CHUNK_PRESENT, CHUNK_TOTAL, ROWS_LENGTHS, ROWS_TOTAL, SPLIT
 from flink_llm.engine.model import DATA
+from flink_llm.engine.quantize import sweep
 
 _ATTENTION = "GroupQueryAttention"
 _QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL = range(7)
@@ -42,7 +42,7 @@ def mix(source: Path, to: Path) -> bool:
     attentions = [node for node in graph if node.op_type == _ATTENTION]
     for node in attentions:
         _divide(graph, node, split, lengths)
-    _sweep(graph)
+    sweep(graph)  # what made the lengths of the mask
     if mask.uses() or not attentions:
         return False
     graph.inputs.remove(mask)
@@ -127,15 +127,3 @@ def _shape(graph: ir.Graph, before: list[int], value: ir.Value) -> ir.Value:
         made = ir.Value(name=name, const_value=tensor, shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.INT64))
         graph.register_initializer(made)
     return graph.initializers[name]
-
-
-def _unused(graph: ir.Graph) -> Iterator[ir.Node]:
-    for node in reversed(list(graph)):
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            yield node
-
-
-def _sweep(graph: ir.Graph) -> None:
-    """What made the lengths of the mask is not needed any more."""
-    for node in _unused(graph):
-        graph.remove(node, safe=True)

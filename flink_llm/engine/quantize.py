@@ -69,7 +69,7 @@ def quantize_rows(source: Path, to: Path, form: EightBits) -> int:
     kept = set() if form.head else {matrix for output in graph.outputs if (matrix := _matrix_of(output.producer())[0])}
     count = sum(rewriter.products(x, group, kept) for x, group in _groups(graph).items())
     rewriter.table(kept)
-    _sweep(graph)
+    sweep(graph)
     to.mkdir(parents=True, exist_ok=True)
     ir.save(model, to / "model.onnx", external_data=DATA)
     return count
@@ -226,7 +226,7 @@ def _array(value: ir.Value) -> NDArray[np.float32]:
     return array
 
 
-def _sweep(graph: ir.Graph) -> None:
+def sweep(graph: ir.Graph) -> None:
     """Removes what nothing uses any more."""
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
