@@ -18,6 +18,7 @@ from pyflink.java_gateway import get_gateway
 from flink_llm import reporters
 from flink_llm.errors import ConfigError
 from flink_llm.flink_settings import FlinkSettings
+from flink_llm.gateway import one_java_thread
 from flink_llm.local import failures, jars, processes
 from flink_llm.transactions import PARAMETER, checkpoint_timeout_ms
 
@@ -45,6 +46,7 @@ def bundle_size(capacity: int, expected_rate: float | None) -> int:
 
 def configure(env: StreamExecutionEnvironment, settings: FlinkSettings, *, capacity: int = 256) -> None:
     """Prepares `env` for jobs of this library; `capacity` is the largest of its operators'."""
+    one_java_thread()
     options = {
         BUNDLE_TIME: str(BUNDLE_TIME_MS),
         BUNDLE_SIZE: str(bundle_size(capacity, settings.expected_rate)),
@@ -148,6 +150,7 @@ def environment(properties: dict[str, str] | None = None, *, kafka: bool = True)
         failures.watch(_number("rest.port", properties["rest.port"]))
     for name, value in (properties or {}).items():
         configuration.set_string(name, value)
+    one_java_thread()
     return StreamExecutionEnvironment.get_execution_environment(configuration)
 
 
@@ -184,4 +187,5 @@ def tables(env: StreamExecutionEnvironment) -> Any:
     """The table environment over `env`, which the Kafka edges are made with."""
     from pyflink.table import StreamTableEnvironment
 
+    one_java_thread()
     return StreamTableEnvironment.create(env)

@@ -10,6 +10,7 @@ ROOMS = {
     "pyflink": [
         "flink_llm/kafka.py",
         "flink_llm/environment.py",
+        "flink_llm/gateway.py",
         "flink_llm/submission.py",
         "flink_llm/pytest_plugin.py",
         "udfs/",
