@@ -24,7 +24,8 @@ from flink_llm.engine.encoder import Encoder
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import Order, export_model
 from flink_llm.engine.export_source import open_source
-from flink_llm.engine.model import open_model_folder
+from flink_llm.engine.mixed import MixedRuns
+from flink_llm.engine.model import MIXED, open_model_folder
 from flink_llm.engine.readers import Reranker, Tagger
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.tokenizer import Tokenizer
@@ -60,6 +61,8 @@ def test_a_decoder_says_what_its_original_says(kind: str, tmp_path: Path) -> Non
         assert made.parity["greedy_match"] == 1.0
         assert made.parity["logit_difference"] <= parity.LARGEST_DIFFERENCE[precision]
         assert attention_scales(to) == {1.0}, "the scale of the scores is in the weights"
+        assert (MIXED in made.files) == (precision != "int4")
+        assert made.parity.get("mixed_difference", 0.0) <= parity.LARGEST_DIFFERENCE[precision]
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["fp32", "int4", "int8"]
 
 
@@ -78,6 +81,17 @@ def test_a_manifest_says_what_the_model_is(llama: Path, tmp_path: Path) -> None:
     assert made.special_tokens["bos_token"] == "<s>"
     assert set(made.files) == {"model.onnx", "model.onnx.data", "mixed.onnx", "tokenizer.json", "chat_template.jinja"}
     assert made.files["model.onnx.data"].bytes < 1.3 * 110_000  # its parameters, a byte each
+
+
+def test_mixed_runs_that_say_something_else_are_left_out(llama: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    run = MixedRuns.run
+    monkeypatch.setattr(MixedRuns, "run", lambda *given: tuple(1.01 * logits for logits in run(*given)))
+
+    made = export_model(llama, tmp_path / "tiny", Order("tiny", "fp32"))
+
+    assert MIXED not in made.files and made.parity["mixed_difference"] > parity.LARGEST_DIFFERENCE["fp32"]
+    assert "tiny is served without mixed runs" in caplog.text
+    assert open_model_folder(tmp_path / "tiny").manifest == made
 
 
 @pytest.mark.slow

@@ -68,18 +68,17 @@ def test_a_mixed_run_is_a_step_and_a_prompts_part(folder: Path) -> None:
         )
 
 
-def test_two_sessions_do_not_take_the_cores_from_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sessions_do_not_take_the_cores_from_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = []
     session = graphs.ort.InferenceSession
 
     def opened(path: str, options: Any, **other: Any) -> Any:
-        spins = options.get_session_config_entry("session.intra_op.allow_spinning") if MIXED in path else "1"
-        entries.append((Path(path).name, spins))
+        entries.append((Path(path).name, options.get_session_config_entry("session.intra_op.spin_duration_us")))
         return session(path, options, **other)
 
     monkeypatch.setattr(graphs.ort, "InferenceSession", opened)
     decoder(folder)
-    assert entries == [("model.onnx", "1"), (MIXED, "0")]
+    assert entries == [("model.onnx", graphs.SPIN_US), (MIXED, graphs.SPIN_US)]
 
 
 def test_eight_bits_are_the_same_to_the_bit(source: Path, tmp_path: Path) -> None:

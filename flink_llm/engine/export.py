@@ -3,6 +3,7 @@
 Needs the `export` extra (torch, transformers, onnxruntime-genai); nothing else of the library does.
 """
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from flink_llm.engine.export_encoder import Task
 from flink_llm.engine.export_peft import merged, read_peft
 from flink_llm.engine.export_prompts import check_prompts, open_prompts
 from flink_llm.engine.export_source import NEEDS, Source, open_source
-from flink_llm.engine.model import Manifest, ModelFolder, open_model_folder, write_manifest
+from flink_llm.engine.model import MIXED, Manifest, ModelFolder, open_model_folder, write_manifest
 from flink_llm.engine.parity import (
     LARGEST_DIFFERENCE,
     MOST,
@@ -25,11 +26,13 @@ from flink_llm.engine.parity import (
     faults,
     measure_decoder,
     measure_encoder,
+    measure_mixed,
     refer,
 )
 from flink_llm.engine.quantize import EightBits, Form
 from flink_llm.errors import ExportError, FlinkLlmError, ModelFolderError
 
+log = logging.getLogger(__name__)
 __all__ = ["LARGEST_DIFFERENCE", "Order", "Precision", "Task", "export_decoder", "export_model"]
 
 COARSE = 0.05
@@ -212,6 +215,11 @@ class _DecoderExporter(_Exporter):
             references = self._refer(opened)
             measured = {name: measure_decoder(opened, each, precision, name) for name, each in references.items()}
             alone = measured.pop("")
+            if MIXED in opened.files:
+                alone["mixed_difference"] = measure_mixed(opened, references[""])
+                if not alone["mixed_difference"] <= LARGEST_DIFFERENCE[precision]:  # it is faster, no more
+                    log.warning("%s is served without mixed runs: theirs is another model", self._order.name)
+                    (folder / MIXED).unlink()
             return {**alone, "adapters": measured} if measured else alone
 
         return self._finish(folder, fields, form, measure)

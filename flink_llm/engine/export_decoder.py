@@ -34,7 +34,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _BLOCKS = (128, 32)
 """Of int4, the faster first: a product reads its weights and their scales, and unpacks each block by itself."""
 _MIXED = ("fp32", "int8")
-"""Not fp16, which is for GPUs, nor int4, which takes longer so, see ADR 36."""
+"""Not fp16, which is for GPUs, nor int4, whose numbers would change by it, see ADR 36."""
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _building = threading.Lock()
 

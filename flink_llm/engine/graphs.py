@@ -14,6 +14,9 @@ from flink_llm.engine.faults import lacks_memory
 from flink_llm.engine.model import GRAPH, Manifest, ModelFolder
 from flink_llm.errors import ConfigError, ModelFolderError, Outage
 
+SPIN_US = "500"
+"""How long a session's threads look for more work before they sleep, about a step's time between two runs. By
+default it is tens of milliseconds, in which they take the cores from whichever session runs next (ADR 36)."""
 _TILED_ABOVE = 4096
 """Tokens of context above which attention goes in tiles: else the scores of a whole run are held, as for all of it."""
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -38,10 +41,7 @@ def open_session(folder: ModelFolder, device: str, threads: int, form: str = GRA
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if (
-        form != GRAPH
-    ):  # threads of a session wait for its next run for long: those of two would stand in each other's way
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     for name, value in session_entry().items():
         options.add_session_config_entry(name, value)
     with contextlib.ExitStack() as stack:

@@ -33,6 +33,8 @@ LONGEST = 256
 """Tokens of a text or prompt that are compared; what is longer is cut."""
 MOST = 64
 SLOTS = 16
+_STREAMS, _PARTS = 3, 6
+"""Of a mixed run: slots, and parts in which the last one's prompt is read."""
 DECIDED = 3.0
 """A greedy token must be the original's where its two best logits are so many allowed differences apart."""
 
@@ -123,12 +125,41 @@ def measure_decoder(folder: ModelFolder, reference: Reference, precision: str, a
     }
 
 
-def open_decoder(folder: ModelFolder, slots: int) -> Decoder:
+def measure_mixed(folder: ModelFolder, reference: Reference) -> float:
+    """How far the logits of mixed runs are from the original's, as `logit_difference`.
+
+    Two replies go on while a third prompt is read in parts beside them; then all three go on. Raises ExportError.
+    """
+    decoder = open_decoder(folder, _STREAMS, mixed_mb=2**20)
+    *streams, reader = (reference.said * _STREAMS)[:_STREAMS]
+    squares = []
+
+    def compare(logits: NDArray[np.floating[Any]], said: Said, step: int) -> None:
+        squares.append(float(np.square((logits - said.logits[step]) / said.logits.std()).mean()))
+
+    slots = list(range(_STREAMS))
+    for slot, said in enumerate(streams):
+        decoder.prefill(slot, said.prompt, 0)
+    size = math.ceil(len(reader.prompt) / _PARTS)
+    starts = range(0, len(reader.prompt), size)
+    for step, start in enumerate(starts):
+        part = reader.prompt[start : start + size]
+        after, every = decoder.step_beside(slots[:-1], [said.tokens[step] for said in streams], slots[-1], part, start)
+        for slot, said in enumerate(streams):
+            compare(every[slot], said, step + 1)
+    compare(after, reader, 0)
+    latest = [said.tokens[len(starts)] for said in streams] + [reader.tokens[0]]
+    compare(decoder.step(slots, latest)[slots[-1]], reader, 1)
+    return _rounded(math.sqrt(sum(squares) / len(squares)))
+
+
+def open_decoder(folder: ModelFolder, slots: int, mixed_mb: int = 0) -> Decoder:
     """A decoder on the CPU whose cache holds what is measured, not the whole context. Raises ExportError."""
     length = min(folder.manifest.context_length, LONGEST + 2 * TOKENS)
     manifest = msgspec.structs.replace(folder.manifest, context_length=length)
     try:
-        return Decoder(msgspec.structs.replace(folder, manifest=manifest), device="cpu", threads=0, slots=slots)
+        opened = msgspec.structs.replace(folder, manifest=manifest)
+        return Decoder(opened, device="cpu", threads=0, slots=slots, mixed_mb=mixed_mb)
     except ModelFolderError as error:
         raise ExportError(str(error)) from error
 

@@ -1,7 +1,6 @@
 """Sends requests at an even rate until its standard input ends: SERVERS TOPIC KEYS PER_SECOND.
 
-A process of its own: in one that builds Flink jobs, a second thread may free Java objects, and the planner is then
-called in another of Java's threads, which it does not survive.
+A process of its own: it keeps its rate whatever the test's own Python does meanwhile.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Prometheus reads a running job: Flink's counters by our names, and the workers' latencies."""
+"""Prometheus reads a running job, and a collector is sent to by it: counters, circuits, latencies, spans."""
 
 import json
 import os
@@ -7,9 +7,11 @@ import sys
 import time
 import urllib.request
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flink_llm.local import processes
+from tests.collector import Collector
 from tests.test_observability import flinks_own
 
 PROGRAM = """
@@ -17,14 +19,21 @@ import asyncio, json, pathlib, sys
 from pyflink.common import Duration, WatermarkStrategy
 from pyflink.datastream.connectors.file_system import FileSource, StreamFormat
 from flink_llm import environment, reporters
+from flink_llm.breakers import BreakerSettings
 from flink_llm.call import OperatorSettings
-from flink_llm.errors import RecordError
+from flink_llm.errors import Outage, RecordError
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.handler import AsyncUdf
+from flink_llm.services import RealServices, ServiceSettings
 from flink_llm.telemetry_settings import TelemetrySettings
 from flink_llm.udfs.async_operator import apply
 
-flink, own, flag = sys.argv[1:]
+flink, own, metrics, traces, flag = sys.argv[1:]
+
+def services():
+    made = RealServices(ServiceSettings(breaker=BreakerSettings(failures=1, reset_s=3600)))
+    made.breakers.named("features.gone").enter().ended(Outage("no answer"))
+    return made
 
 class Some(AsyncUdf):
     async def call(self, request: dict, ctx) -> dict:
@@ -36,8 +45,11 @@ class Some(AsyncUdf):
         ctx.metrics.add("degraded")
         return request
 
-telemetry = TelemetrySettings(flink_prometheus=flink, metrics_port=int(own), logs="json")
-env = environment.environment(reporters.options(telemetry), kafka=False)
+telemetry = TelemetrySettings(
+    flink_prometheus=flink, metrics_port=int(own), flink_otlp=metrics, traces=traces, logs="json"
+)
+options = reporters.options(telemetry) | {"metrics.reporter.otel.interval": "1 SECONDS"}
+env = environment.environment(options, kafka=False)
 environment.configure(env, FlinkSettings(), capacity=64)
 lines = [json.dumps({"session_id": "s", "request_id": name, "is": name}) for name in ("good", "bad", "slow")]
 folder = pathlib.Path(flag).parent / "lines"
@@ -47,12 +59,13 @@ source = FileSource.for_record_stream_format(StreamFormat.text_line_format(), fo
 source = source.monitor_continuously(Duration.of_seconds(1)).build()  # input that ends would hold its last bundle
 stream = env.from_source(source, WatermarkStrategy.no_watermarks(), "lines")
 settings = OperatorSettings(job="my-job", deadline=None, telemetry=telemetry)
-out = apply(stream, Some(), key="session_id", uid="some", settings=settings)
+out = apply(stream, Some(), key="session_id", uid="some", settings=settings, services=services)
 for stream in (out.results, out.failures):
     stream.print()
 env.execute("my-job")
 """
 GROUP = "flink_taskmanager_job_task_operator_flink_llm_"
+OTEL = "flink.taskmanager.job.task.operator.flink_llm."
 
 
 def scraped(port):
@@ -67,18 +80,25 @@ def scraped(port):
     return {(one.name, *filter(None, map(one.labels.get, labels))): one.value for one in samples}
 
 
-def test_a_scrape_has_our_names(tmp_path):
+@pytest.fixture
+def collector():
+    with Collector() as listening:
+        yield listening
+
+
+def test_a_scrape_and_a_collector_have_our_names(tmp_path, collector):
     flink, own = processes.free_port(), processes.free_port()
     program, flag = tmp_path / "some.py", tmp_path / "flag"
     program.write_text(PROGRAM)
-    command = [sys.executable, str(program), str(flink), str(own), str(flag)]
+    command = [sys.executable, str(program), str(flink), str(own), collector.metrics_at, collector.traces_at, str(flag)]
     with (tmp_path / "log").open("w") as log:
         environ = {**os.environ, "FLINK_LOG_DIR": str(tmp_path)}
         job = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
     try:
         deadline = time.monotonic() + 120
         wanted = {f"{GROUP}{name}": value for name, value in
-                  {"results": 1, "failures_invalid": 1, "degraded": 1, "in_flight": 1}.items()}  # fmt: skip
+                  {"results": 1, "failures_invalid": 1, "degraded": 1, "in_flight": 1,
+                   "breaker_features_gone": 2}.items()}  # fmt: skip
         latencies = {"total": 2, "queue": 3, "call": 2, "emit": 2}
         found = told = {}
         while time.monotonic() < deadline and job.poll() is None and (found != wanted or told != latencies):
@@ -90,6 +110,11 @@ def test_a_scrape_has_our_names(tmp_path):
         flinks = {name for name, *_ in scraped(flink)}
         assert (found, told) == (wanted, latencies), (tmp_path / "log").read_text()[-3000:]
         assert flinks_own() - flinks == set()
+        sent = {f"{OTEL}{name}": value for name, value in {"results": 1, "failures.invalid": 1, "in_flight": 1,
+                                                           "breaker.features.gone": 2}.items()}  # fmt: skip
+        while time.monotonic() < deadline and {name: collector.values.get(name) for name in sent} != sent:
+            time.sleep(0.2)
+        assert {name: collector.values.get(name) for name in sent} == sent, sorted(collector.values)
         flag.touch()
         said = []
         while time.monotonic() < deadline and len(said) < 2:
@@ -97,6 +122,10 @@ def test_a_scrape_has_our_names(tmp_path):
             lines = "".join(file.read_text(errors="replace") for file in tmp_path.glob("*.log*")).splitlines()
             said = [json.loads(line[line.index("{") :]) for line in lines if '"message": "answered"' in line]
         assert [(one["request_id"], one["operator"]) for one in said] == [("good", "some"), ("slow", "some")]
+        while time.monotonic() < deadline and len(collector.records()) < 3:
+            time.sleep(0.2)
+        assert collector.records() == {"good": None, "bad": "invalid", "slow": None}
+        assert {"queue", "call", "emit"} <= collector.stages_of("good")
     finally:
         job.kill()
         job.wait()
