@@ -43,7 +43,7 @@ def measure(
             run = Run(stack, sender, checker, records)
             cold_start = run.cold_start()
             tell(f"cold start {cold_start:.1f} s" + ("" if stack.redis else "; no redis-server: features from sqlite"))
-            tell(_line("scenario", *_COLUMNS, *_COUNTS, "fenced", "not_committed", "orphans"))
+            tell(_line("scenario", *_COLUMNS, *_COUNTS, "fenced", "not_committed", "orphans", "revived"))
             for name in names:
                 if name in REDIS and not stack.redis:
                     tell(f"{name} left out: redis-server is not installed")
@@ -65,11 +65,12 @@ def _summary(rows: Sequence[Row], cold_start: float) -> dict[str, Any]:
         "recovery_s": recovery,
         "blows": sum(row.blows for row in rows),
         "orphans": sum(row.orphans for row in rows),
+        "revived": sum(row.revived for row in rows),
     }
 
 
 def _told(row: Row) -> str:
-    counts = (*msgspec.structs.astuple(row.tally), row.fenced, row.not_committed, row.orphans)
+    counts = (*msgspec.structs.astuple(row.tally), row.fenced, row.not_committed, row.orphans, row.revived)
     return _line(row.scenario, row.blows, row.in_flight, f"{row.recovery_s:.1f}", *counts)
 
 

@@ -30,12 +30,14 @@ class Counted(AsyncUdf):
         self._writer = asyncio.create_task(self._write())
 
     async def _write(self) -> None:
-        path = Path(f"{self._gauge}.{os.getpid()}")
         while True:
-            scratch = path.with_suffix(".new")
-            scratch.write_text(str(self._in_flight))
-            scratch.replace(path)
+            self._tell()
             await asyncio.sleep(0.02)
+
+    def _tell(self) -> None:
+        scratch = Path(f"{self._gauge}-{os.getpid()}.new")  # a name that workers shared would be moved away by another
+        scratch.write_text(str(self._in_flight))
+        scratch.replace(f"{self._gauge}.{os.getpid()}")
 
     async def call(self, request: ChatRequest, ctx: CallContext) -> dict[str, Any]:
         self._in_flight += 1

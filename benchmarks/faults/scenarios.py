@@ -31,7 +31,7 @@ class Row(Struct, kw_only=True):
     """A scenario's line of the table.
 
     `recovery_s` is the longest time from a blow to the first new outcome, `orphans` are Python workers that have
-    outlived their task manager.
+    outlived their task manager, `revived` parts of the cluster that ended although nobody struck them.
     """
 
     scenario: str
@@ -42,6 +42,7 @@ class Row(Struct, kw_only=True):
     fenced: int
     not_committed: int
     orphans: int
+    revived: int
 
 
 def kill(part: str) -> Blow:
@@ -95,6 +96,7 @@ def rescale(parallelism: int) -> Blow:
         while stack.parallelism() != parallelism:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the job was not rescaled to {parallelism} within {PATIENCE_S:.0f} s")
+            stack.revive()
             time.sleep(0.1)
 
     return strike
@@ -145,7 +147,7 @@ class Run:
 
     def scenario(self, name: str) -> Row:
         """One scenario to its end, everything drained. Raises RuntimeError where the job does not go on."""
-        first = self._sender.sent
+        first, revived = self._sender.sent, self._stack.revived
         self._sender.on.set()
         in_flight, recoveries = [], []
         for blow in SCENARIOS[name]:
@@ -161,21 +163,30 @@ class Run:
         return Row(
             scenario=name, blows=len(recoveries), in_flight=min(in_flight), recovery_s=max(recoveries), tally=tally,
             fenced=fenced, not_committed=not_committed, orphans=len(self._stack.orphans()),
+            revived=self._stack.revived - revived,
         )  # fmt: skip
 
     def _loaded(self, name: str) -> int:
         """How many calls are in flight once enough are."""
-        for _ in _patiently(f"{name}: {IN_FLIGHT} calls in flight"):
+        for _ in self._patiently(f"{name}: {IN_FLIGHT} calls in flight"):
             found = self._stack.in_flight()
             if found >= IN_FLIGHT:
                 return found
         raise AssertionError
 
     def _first_new(self, name: str) -> float:
-        for _ in _patiently(f"{name}: a new outcome"):
+        for _ in self._patiently(f"{name}: a new outcome"):
             if self._checker.first_new is not None:
                 return self._checker.first_new
         raise AssertionError
+
+    def _patiently(self, what: str) -> Iterator[None]:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            yield
+            self._stack.revive()
+            time.sleep(0.02)
+        raise RuntimeError(f"waited {PATIENCE_S:.0f} s in vain for {what}")
 
     def _drain(self, first: int) -> Tally:
         """Sends nothing more and waits for what is in flight; what came out for requests `first` and on."""
@@ -186,6 +197,7 @@ class Run:
         while self._checker.answered < self._sender.sent and time.monotonic() < moved + PATIENCE_S:
             if self._checker.answered != last:
                 last, moved = self._checker.answered, time.monotonic()
+            self._stack.revive()
             time.sleep(0.1)
         time.sleep(SETTLE_S)
         return self._checker.judge(first, self._sender.sent)
@@ -202,14 +214,6 @@ class Run:
             fenced += sum(_FENCED.search(line) is not None for line in lines)
             not_committed += sum(_NOT_COMMITTED.search(line) is not None for line in lines)
         return fenced, not_committed
-
-
-def _patiently(what: str) -> Iterator[None]:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        yield
-        time.sleep(0.02)
-    raise RuntimeError(f"waited {PATIENCE_S:.0f} s in vain for {what}")
 
 
 def _resolved(stack: Stack, part: str) -> str:

@@ -58,6 +58,7 @@ class Stack:
         self.checkpoints = folder / "checkpoints"
         self.job_id = ""
         self.cold_start_s = 0.0
+        self.revived = 0
         broker_port, kafka_proxy, self._redis_proxy, self._redis_port, zookeeper = (
             processes.free_port() for _ in range(5)
         )
@@ -196,6 +197,13 @@ class Stack:
             _wait(lambda: processes.answers(self._redis_port), "redis-server")
         elif part in self.cluster.parts:
             self.cluster.start(part)
+
+    def revive(self) -> None:
+        """Starts what has ended by itself of the cluster, as an orchestrator would; `revived` counts."""
+        for name in self.cluster.parts:
+            if self.cluster.process(name) is None:
+                self.revived += 1
+                self.cluster.start(name)
 
     def start_own(self, name: str, command: list[str]) -> None:
         """Starts a process that ends with the stack."""
