@@ -50,7 +50,7 @@ def measure(
                     continue
                 rows.append(run.scenario(name))
                 tell(_told(rows[-1]))
-    return _summary(rows, cold_start)
+            return {**_summary(rows, cold_start), "revived": stack.revived}
 
 
 def _summary(rows: Sequence[Row], cold_start: float) -> dict[str, Any]:
@@ -65,7 +65,6 @@ def _summary(rows: Sequence[Row], cold_start: float) -> dict[str, Any]:
         "recovery_s": recovery,
         "blows": sum(row.blows for row in rows),
         "orphans": sum(row.orphans for row in rows),
-        "revived": sum(row.revived for row in rows),
     }
 
 

@@ -62,7 +62,8 @@ def test_a_decoder_says_what_its_original_says(kind: str, tmp_path: Path) -> Non
         assert made.parity["logit_difference"] <= parity.LARGEST_DIFFERENCE[precision]
         assert attention_scales(to) == {1.0}, "the scale of the scores is in the weights"
         assert (MIXED in made.files) == (precision != "int4")
-        assert made.parity.get("mixed_difference", 0.0) <= parity.LARGEST_DIFFERENCE[precision]
+        assert ("mixed_difference" in made.parity) == (precision != "int4")
+        assert made.parity.get("mixed_difference", 0.0) <= parity.LARGEST_MIXED_DIFFERENCE / 5
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["fp32", "int4", "int8"]
 
 
@@ -85,11 +86,11 @@ def test_a_manifest_says_what_the_model_is(llama: Path, tmp_path: Path) -> None:
 
 def test_mixed_runs_that_say_something_else_are_left_out(llama: Path, tmp_path: Path, monkeypatch, caplog) -> None:
     run = MixedRuns.run
-    monkeypatch.setattr(MixedRuns, "run", lambda *given: tuple(1.01 * logits for logits in run(*given)))
+    monkeypatch.setattr(MixedRuns, "run", lambda *given: tuple(1.02 * logits for logits in run(*given)))
 
     made = export_model(llama, tmp_path / "tiny", Order("tiny", "fp32"))
 
-    assert MIXED not in made.files and made.parity["mixed_difference"] > parity.LARGEST_DIFFERENCE["fp32"]
+    assert MIXED not in made.files and made.parity["mixed_difference"] > parity.LARGEST_MIXED_DIFFERENCE
     assert "tiny is served without mixed runs" in caplog.text
     assert open_model_folder(tmp_path / "tiny").manifest == made
 

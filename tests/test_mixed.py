@@ -68,7 +68,7 @@ def test_a_mixed_run_is_a_step_and_a_prompts_part(folder: Path) -> None:
         )
 
 
-def test_sessions_do_not_take_the_cores_from_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_sessions_are_told_when_to_sleep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = []
     session = graphs.ort.InferenceSession
 

@@ -12,12 +12,10 @@ import psutil
 from msgspec import Struct
 
 from benchmarks.faults.checker import Checker, Sender, Tally
-from benchmarks.faults.stack import PARALLELISM, Stack
+from benchmarks.faults.stack import PARALLELISM, RESTART_S, Stack
 
 IN_FLIGHT = 100
 STOPPED_S = 10.0
-RESTART_S = 1.0
-"""An orchestrator's reaction to a process that died."""
 PATIENCE_S = 180.0
 SETTLE_S = 2.0
 """A duplicate may come late."""
@@ -31,7 +29,8 @@ class Row(Struct, kw_only=True):
     """A scenario's line of the table.
 
     `recovery_s` is the longest time from a blow to the first new outcome, `orphans` are Python workers that have
-    outlived their task manager, `revived` parts of the cluster that ended although nobody struck them.
+    outlived their task manager, `revived` parts of the cluster that were not there although no blow had just
+    ended them.
     """
 
     scenario: str
@@ -156,8 +155,9 @@ class Run:
             self._checker.await_new()
             blow(self._stack)
             recoveries.append(self._first_new(name) - struck)
-        while self._sender.sent - first < self._records:
-            time.sleep(0.1)
+        for _ in self._patiently(f"{name}: requests to be sent", lambda: self._sender.sent):
+            if self._sender.sent - first >= self._records:
+                break
         tally = self._drain(first)
         fenced, not_committed = self._logged()
         return Row(
@@ -180,12 +180,15 @@ class Run:
                 return self._checker.first_new
         raise AssertionError
 
-    def _patiently(self, what: str) -> Iterator[None]:
-        deadline = time.monotonic() + PATIENCE_S
+    def _patiently(self, what: str, moved: Callable[[], int] = lambda: 0) -> Iterator[None]:
+        """Again and again; RuntimeError after `PATIENCE_S`, counted from when `moved` last said something else."""
+        last, deadline = moved(), time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             yield
             self._stack.revive()
             time.sleep(0.02)
+            if moved() != last:
+                last, deadline = moved(), time.monotonic() + PATIENCE_S
         raise RuntimeError(f"waited {PATIENCE_S:.0f} s in vain for {what}")
 
     def _drain(self, first: int) -> Tally:

@@ -34,6 +34,8 @@ TASK_MANAGERS, SLOTS, PARALLELISM, PARTITIONS = 2, 2, 2, 4
 CHECKPOINT_MS = 200
 CHECKPOINT_DISK = "96m"
 START_S = 180.0
+RESTART_S = 1.0
+"""An orchestrator's reaction to a process that died."""
 SCRIPT = Script(text="{last}", tokens=4, first_ms=1500, gap_ms=500)
 """A generation lasts 3 s: at 80 requests a second some 240 are in flight, half of them amid their tokens."""
 ADAPTIVE = {
@@ -203,6 +205,7 @@ class Stack:
         for name in self.cluster.parts:
             if self.cluster.process(name) is None:
                 self.revived += 1
+                time.sleep(RESTART_S)
                 self.cluster.start(name)
 
     def start_own(self, name: str, command: list[str]) -> None:

@@ -17,9 +17,10 @@ from flink_llm.engine.export_encoder import Task
 from flink_llm.engine.export_peft import merged, read_peft
 from flink_llm.engine.export_prompts import check_prompts, open_prompts
 from flink_llm.engine.export_source import NEEDS, Source, open_source
-from flink_llm.engine.model import MIXED, Manifest, ModelFolder, open_model_folder, write_manifest
+from flink_llm.engine.model import MIXED, MIXED_MB, Manifest, ModelFolder, held_twice, open_model_folder, write_manifest
 from flink_llm.engine.parity import (
     LARGEST_DIFFERENCE,
+    LARGEST_MIXED_DIFFERENCE,
     MOST,
     TEXTS,
     Reference,
@@ -215,9 +216,9 @@ class _DecoderExporter(_Exporter):
             references = self._refer(opened)
             measured = {name: measure_decoder(opened, each, precision, name) for name, each in references.items()}
             alone = measured.pop("")
-            if MIXED in opened.files:
+            if held_twice(opened.manifest, MIXED_MB):
                 alone["mixed_difference"] = measure_mixed(opened, references[""])
-                if not alone["mixed_difference"] <= LARGEST_DIFFERENCE[precision]:  # it is faster, no more
+                if not alone["mixed_difference"] <= LARGEST_MIXED_DIFFERENCE:  # it is faster, no more
                     log.warning("%s is served without mixed runs: theirs is another model", self._order.name)
                     (folder / MIXED).unlink()
             return {**alone, "adapters": measured} if measured else alone

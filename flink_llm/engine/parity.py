@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.graphs import open_session
-from flink_llm.engine.model import ModelFolder
+from flink_llm.engine.model import MIXED_MB, ModelFolder
 from flink_llm.errors import ExportError, ModelFolderError
 
 LARGEST_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.15, "int4": 0.6}
 """Bar of the logits: root mean square of the difference, in standard deviations of the original's."""
 PERPLEXITY = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.02, "int4": 0.15}
 """Bar of the perplexity's rise, as a share."""
+LARGEST_MIXED_DIFFERENCE = 0.01
+"""Bar of mixed runs: of the logits, as a share of their own root mean square."""
 SMALLEST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99}
 """Bar of an embedding, of the worst text."""
 LARGEST_SHIFT = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.05}
@@ -126,31 +128,34 @@ def measure_decoder(folder: ModelFolder, reference: Reference, precision: str, a
 
 
 def measure_mixed(folder: ModelFolder, reference: Reference) -> float:
-    """How far the logits of mixed runs are from the original's, as `logit_difference`.
+    """How far mixed runs are from the same model's steps and prompts: the worst row's root mean square of the
+    difference, as a share of their own. `folder` is held twice with `MIXED_MB`. Raises ExportError.
 
-    Two replies go on while a third prompt is read in parts beside them; then all three go on. Raises ExportError.
+    Two replies go on while a third prompt is read in parts beside them; then all three go on.
     """
-    decoder = open_decoder(folder, _STREAMS, mixed_mb=2**20)
+    decoder = open_decoder(folder, 2 * _STREAMS, mixed_mb=MIXED_MB)
+    apart, mixed = list(range(_STREAMS)), list(range(_STREAMS, 2 * _STREAMS))
     *streams, reader = (reference.said * _STREAMS)[:_STREAMS]
-    squares = []
+    for slots in (apart, mixed):
+        for slot, said in zip(slots, streams, strict=False):
+            decoder.prefill(slot, said.prompt, 0)
+    differences: list[float] = []
 
-    def compare(logits: NDArray[np.floating[Any]], said: Said, step: int) -> None:
-        squares.append(float(np.square((logits - said.logits[step]) / said.logits.std()).mean()))
+    def compare(found: NDArray[np.floating[Any]], wanted: NDArray[np.floating[Any]]) -> None:
+        each = np.square(found - wanted).mean(axis=-1) / np.square(wanted).mean(axis=-1)
+        differences.append(math.sqrt(float(each.max())))
 
-    slots = list(range(_STREAMS))
-    for slot, said in enumerate(streams):
-        decoder.prefill(slot, said.prompt, 0)
     size = math.ceil(len(reader.prompt) / _PARTS)
-    starts = range(0, len(reader.prompt), size)
-    for step, start in enumerate(starts):
+    for step, start in enumerate(range(0, len(reader.prompt), size)):
         part = reader.prompt[start : start + size]
-        after, every = decoder.step_beside(slots[:-1], [said.tokens[step] for said in streams], slots[-1], part, start)
-        for slot, said in enumerate(streams):
-            compare(every[slot], said, step + 1)
-    compare(after, reader, 0)
-    latest = [said.tokens[len(starts)] for said in streams] + [reader.tokens[0]]
-    compare(decoder.step(slots, latest)[slots[-1]], reader, 1)
-    return _rounded(math.sqrt(sum(squares) / len(squares)))
+        latest = [said.tokens[step] for said in streams]
+        after, every = decoder.step_beside(mixed[:-1], latest, mixed[-1], part, start)
+        compare(every[mixed[:-1]], decoder.step(apart[:-1], latest)[apart[:-1]])
+        compare(after, decoder.prefill(apart[-1], part, start))
+    latest = [said.tokens[-1] for said in (*streams, reader)]
+    wanted = decoder.step(apart, latest)[apart].copy()
+    compare(decoder.step(mixed, latest)[mixed], wanted)
+    return _rounded(max(differences))
 
 
 def open_decoder(folder: ModelFolder, slots: int, mixed_mb: int = 0) -> Decoder:

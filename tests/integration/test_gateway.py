@@ -6,7 +6,7 @@ import time
 import pytest
 from pyflink.java_gateway import get_gateway
 
-from flink_llm.gateway import one_java_thread
+from flink_llm.gateway import _Connections, one_java_thread
 
 
 def java_thread():
@@ -51,3 +51,18 @@ def test_threads_keep_threads_of_their_own():
     assert first == again
     own, once_more = call()
     assert own == once_more != first
+
+
+def test_a_connection_that_an_interrupted_call_took_along_is_replaced():
+    idle = _Connections()
+    idle.keep()
+    idle.append("first")
+    idle.append("of another thread")
+    assert idle.pop() == "first"
+    assert idle.pop() == "of another thread", "a finalizer in the middle of the call"
+    idle.append("of another thread")
+    idle.keep()  # the first was closed
+    assert idle.pop() == "of another thread"
+    idle.append("of another thread")
+    idle.append("third")
+    assert [idle.pop(), idle.pop()] == ["of another thread", "third"]
