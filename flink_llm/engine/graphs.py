@@ -16,7 +16,7 @@ from flink_llm.errors import ConfigError, ModelFolderError, Outage
 
 SPIN_US = "500"
 """How long a session's threads look for more work before they sleep: what the engine does between two steps of a
-row. By default it is tens of milliseconds, in which they take the cores from whichever session is next (ADR 36)."""
+row. By default it is tens of milliseconds, in which they take the cores from whichever session is next (ADR 37)."""
 _TILED_ABOVE = 4096
 """Tokens of context above which attention goes in tiles: else the scores of a whole run are held, as for all of it."""
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
