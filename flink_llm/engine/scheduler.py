@@ -23,12 +23,13 @@ HOLD_S = 0.5
 """How long, in all, a reply that has begun may stand still while others' prompts are read in one go."""
 HOLD_SHARE = 3
 """Replies that may stand still so for each prompt that is being read."""
-DELAY_LEAST, DELAY_MOST = 0.2, 0.45
+DELAY_LEAST, DELAY_MOST = 0.2, 6.0
 """How much longer a reply may take, in all, for the prompts of others: for one that comes alone, and once as many more
-wait, to be read or for a slot, as there are slots.
+wait, to be read or for a slot, as there are slots. It grows by the square of how many do.
 
-A prompt that comes alone is read a little later; of a burst everybody is done later where its prompts wait."""
-DELAY_GROWS_S = 5.0
+A prompt that comes alone is read a little later; of a burst everybody is done later where its prompts wait, since a
+step of a few rows takes little less than one of all."""
+DELAY_GROWS_S = 10.0
 """After so many seconds of being read a prompt that is alone delays replies as many do: it is not to wait for ever."""
 FORESEEN = 64
 """Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
@@ -223,7 +224,7 @@ class Scheduler(Generic[T]):
         others = len(self._queue) + len(filling) - 1
         age = self._clock() - min(entry.began for entry in filling)
         pressure = min(1.0, others / self._slots.count + age / DELAY_GROWS_S)
-        return DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * pressure
+        return DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * pressure**2
 
     def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int, tempo: Tempo) -> None:
         if not filling:

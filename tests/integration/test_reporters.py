@@ -65,6 +65,7 @@ for stream in (out.results, out.failures):
 env.execute("my-job")
 """
 GROUP = "flink_taskmanager_job_task_operator_flink_llm_"
+PATIENCE_S = 60
 OTEL = "flink.taskmanager.job.task.operator.flink_llm."
 
 
@@ -112,16 +113,18 @@ def test_a_scrape_and_a_collector_have_our_names(tmp_path, collector):
         assert flinks_own() - flinks == set()
         sent = {f"{OTEL}{name}": value for name, value in {"results": 1, "failures.invalid": 1, "in_flight": 1,
                                                            "breaker.features.gone": 2}.items()}  # fmt: skip
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and {name: collector.values.get(name) for name in sent} != sent:
             time.sleep(0.2)
         assert {name: collector.values.get(name) for name in sent} == sent, sorted(collector.values)
         flag.touch()
-        said = []
+        said, deadline = [], time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and len(said) < 2:
             time.sleep(0.5)
             lines = "".join(file.read_text(errors="replace") for file in tmp_path.glob("*.log*")).splitlines()
             said = [json.loads(line[line.index("{") :]) for line in lines if '"message": "answered"' in line]
         assert [(one["request_id"], one["operator"]) for one in said] == [("good", "some"), ("slow", "some")]
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and len(collector.records()) < 3:
             time.sleep(0.2)
         assert collector.records() == {"good": None, "bad": "invalid", "slow": None}
