@@ -515,7 +515,7 @@ def test_replies_wait_longer_for_prompts_while_requests_wait_for_a_slot():
             read += tempo.reading(plan.tokens)
         return read / (tempo.step_s * 64)
 
-    few = DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * (4 / (HOLD_SHARE * 5 + 6)) ** 2
+    few = DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * (4 / (HOLD_SHARE * 5 + 6)) ** 3
     assert delayed(0) == pytest.approx(few, abs=0.035), "a chunk takes a thirtieth"
     assert delayed(100) == pytest.approx(DELAY_MOST, abs=0.035)
 

@@ -25,7 +25,8 @@ HOLD_SHARE = 3
 """Replies that may stand still so for each prompt that is being read."""
 DELAY_LEAST, DELAY_MOST = 0.2, 6.0
 """How much longer a reply may take, in all, for the prompts of others: for one that comes alone, and once as many more
-wait, to be read or for a slot, as there are slots. It grows by the square of how many do.
+wait, to be read or for a slot, as there are slots. It grows by the third power of how many do: chance meetings of a
+few are no burst.
 
 A prompt that comes alone is read a little later; of a burst everybody is done later where its prompts wait, since a
 step of a few rows takes little less than one of all."""
@@ -224,7 +225,7 @@ class Scheduler(Generic[T]):
         others = len(self._queue) + len(filling) - 1
         age = self._clock() - min(entry.began for entry in filling)
         pressure = min(1.0, others / self._slots.count + age / DELAY_GROWS_S)
-        return DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * pressure**2
+        return DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * pressure**3
 
     def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int, tempo: Tempo) -> None:
         if not filling:
