@@ -546,7 +546,7 @@ def share_of_time_for_a_long_prompt(others: int, seconds: float) -> float:
 
 
 def test_prompts_are_read_the_more_the_more_there_are_and_the_longer_they_are_being_read():
-    alone, later, several = (share_of_time_for_a_long_prompt(*given) for given in ((0, 0.0), (0, 1.0), (1, 0.0)))
+    alone, later, several = (share_of_time_for_a_long_prompt(*given) for given in ((0, 0.0), (0, 4.0), (8, 0.0)))
     assert alone < later and alone < several
     assert share_of_time_for_a_long_prompt(0, 100.0) == share_of_time_for_a_long_prompt(4, 100.0), "up to the most"
 
