@@ -155,7 +155,7 @@ def measure_mixed(folder: ModelFolder, reference: Reference) -> float:
     latest = [said.tokens[-1] for said in (*streams, reader)]
     wanted = decoder.step(apart, latest)[apart].copy()
     compare(decoder.step(mixed, latest)[mixed], wanted)
-    return _rounded(max(differences))
+    return _rounded(float(np.max(differences)))  # NaN if one is
 
 
 def open_decoder(folder: ModelFolder, slots: int, mixed_mb: int = 0) -> Decoder:
