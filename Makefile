@@ -20,7 +20,7 @@ system: ## install Java and Maven where this user may, else say how
 	@$(BIN)/python -m pip install -q --disable-pip-version-check "uv>=0.9"
 	@touch $@
 
-.venv/.light: .venv/.made pyproject.toml constraints.txt
+.venv/.light: .venv/.made pyproject.toml constraints.txt $(wildcard flink_llm/engine/kernels/*)
 	@echo "installing flink-llm into .venv ..."
 	@$(UV) -e '.[cpu]'
 	@touch $@

@@ -23,7 +23,7 @@ from benchmarks import quality, shapes, speculation
 from benchmarks.bare import Bare
 from benchmarks.demo_source import demo_source
 from benchmarks.load import Request, arriving, make, mixed
-from benchmarks.machine import CORES, Run, best, interleave, isa, medians, ratio
+from benchmarks.machine import CORES, Run, as_a_host, best, interleave, isa, medians, ratio
 from benchmarks.ours import Ours
 from benchmarks.shapes import Shape
 
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help=f"of each load (default: {FULL.rounds}; half an hour on two cores)")
     parser.add_argument("--without", action="append", default=[], help="a precision or form to leave out, e.g. fp32")
     args = parser.parse_args()
+    as_a_host()
     logging.disable(logging.WARNING)
     size = QUICK if args.quick else FULL
     size = replace(size, rounds=args.rounds or size.rounds, without=(*size.without, *args.without))

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import shapes
-from benchmarks.machine import CORES, Run, best, interleave, isa, medians, ratio
+from benchmarks.machine import CORES, Run, as_a_host, best, interleave, isa, medians, ratio
 from flink_llm.engine.client import open_engine
 from flink_llm.engine.encoder import Encoder
 from flink_llm.engine.model import open_model_folder
@@ -188,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rounds of 128 texts instead of five of 512")
     args = parser.parse_args()
+    as_a_host()
     logging.disable(logging.WARNING)
     source = minilm()
     folders = {precision: shapes.exported(source, precision, name="minilm") for precision in PRECISIONS}

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import shapes
 from benchmarks.bare import Bare
 from benchmarks.load import Request, make, mixed
-from benchmarks.machine import CORES, isa
+from benchmarks.machine import CORES, as_a_host, isa
 from benchmarks.ours import Ours
 from benchmarks.shapes import Shape, prompt
 
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one window of 14 s instead of five of 30, fewer repeats")
     parser.add_argument("--precision", default="int8", help="of the exported model (default: int8)")
     args = parser.parse_args()
+    as_a_host()
     logging.disable(logging.WARNING)
     folder = shapes.exported(shapes.source(shapes.SMOLLM2), args.precision)
     print(json.dumps(measure(folder, shapes.SMOLLM2, QUICK if args.quick else FULL)))

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 
 from benchmarks import small_models
 from flink_llm.cli import main
-from flink_llm.engine import export, parity
+from flink_llm.engine import export, native, parity
+from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.encoder import Encoder
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import Order, export_model
@@ -49,7 +50,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", small_models.DECODERS)
-def test_a_decoder_says_what_its_original_says(kind: str, tmp_path: Path) -> None:
+def test_a_decoder_says_what_its_original_says(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = small_models.decoder(tmp_path / "source", kind)
 
     for precision in ("fp32", "int8", "int4"):
@@ -64,12 +65,24 @@ def test_a_decoder_says_what_its_original_says(kind: str, tmp_path: Path) -> Non
         assert (MIXED in made.files) == (precision != "int4")
         assert ("mixed_difference" in made.parity) == (precision != "int4")
         assert made.parity.get("mixed_difference", 0.0) <= parity.LARGEST_MIXED_DIFFERENCE / 5
+        assert difference_without_kernels(to, monkeypatch) < (1e-4 if precision == "fp32" else 0.1)
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["fp32", "int4", "int8"]
+
+
+def difference_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Of logits, as they are on a machine that has the kernels and on one that has not."""
+    found = []
+    for kernels in ("on", "off"):
+        monkeypatch.setenv(native.OFF, kernels)
+        decoder = Decoder(open_model_folder(folder), device="cpu", threads=2, slots=3)
+        read = [decoder.prefill(slot, [5 + slot, 6, 7] * (1 + slot), 0).copy() for slot in range(3)]
+        found.append([*read, *decoder.step([0, 1, 2], [8, 9, 10]).copy()])
+    return max(float(np.abs(one - other).max()) for one, other in zip(*found, strict=True))
 
 
 def attention_scales(folder: Path) -> set[float]:
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    attentions = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    attentions = [node for node in graph.node if node.op_type in ("GroupQueryAttention", "RotaryAttention")]
     return {each.f for node in attentions for each in node.attribute if each.name == "scale"}
 
 
@@ -276,7 +289,7 @@ def test_four_bits_come_in_long_blocks_where_those_are_near_enough(tmp_path: Pat
         monkeypatch.setattr(export, "COARSE", coarse)
         made = export_model(wide, tmp_path / name, Order("tiny", "int4"))
         graph = onnx.load(tmp_path / name / "model.onnx", load_external_data=False).graph
-        product = next(node for node in graph.node if node.op_type == "MatMulNBits")
+        product = next(node for node in graph.node if node.op_type in ("MatMulNBits", "BlockLinear"))
         blocks[name] = (made.parity["block"], onnx.helper.get_node_attr_value(product, "block_size"))
 
     assert blocks == {"near": (128, 128), "far": (32, 32)}

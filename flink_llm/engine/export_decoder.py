@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flink_llm.engine.export_adapters import add_adapters
+from flink_llm.engine.export_fused import fuse
 from flink_llm.engine.export_logits import slice_logits
 from flink_llm.engine.export_mixed import mix
 from flink_llm.engine.export_peft import PeftAdapter
@@ -73,6 +74,8 @@ def build_decoder(
         for name in ("model.onnx", "model.onnx.data"):
             if (built / name).exists():
                 shutil.copyfile(built / name, made / name)
+    if precision != "fp16":  # which is for GPUs
+        fuse(made / "model.onnx", head_dim)
     if precision in _MIXED and not adapters:
         mix(made / "model.onnx", made / MIXED)
     for adapter in adapters:

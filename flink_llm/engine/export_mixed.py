@@ -20,9 +20,10 @@ from flink_llm.engine.mixed import CHUNK_LENGTH, CHUNK_PAST, CHUNK_PRESENT, CHUN
 from flink_llm.engine.model import DATA
 from flink_llm.engine.quantize import sweep
 
-_ATTENTION = "GroupQueryAttention"
-_QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL = range(7)
-"""Inputs of an attention. Those behind are of the model, or None."""
+_ATTENTIONS = {"GroupQueryAttention": 3, "RotaryAttention": 1}
+"""How many inputs have a place for each token: queries, keys and values, or all in one. Behind them are the past keys
+and values, the rows' lengths and the longest; and then what is of the model, or None."""
+_PASTS, _LENGTHS = 2, 2
 _LENGTHS_OF: dict[str, list[int | str]] = {CHUNK_LENGTH: [1], CHUNK_TOTAL: [1], ROWS_LENGTHS: ["rows"], ROWS_TOTAL: [1]}
 
 
@@ -39,7 +40,7 @@ def mix(source: Path, to: Path) -> bool:
         return False
     lengths = [_input(graph, name, ir.DataType.INT32, shape) for name, shape in _LENGTHS_OF.items()]
     split = _input(graph, SPLIT, ir.DataType.INT64, [2])
-    attentions = [node for node in graph if node.op_type == _ATTENTION]
+    attentions = [node for node in graph if node.op_type in _ATTENTIONS]
     for node in attentions:
         _divide(graph, node, split, lengths)
     sweep(graph)  # what made the lengths of the mask
@@ -60,7 +61,8 @@ def _divide(graph: ir.Graph, node: ir.Node, split: ir.Value, lengths: list[ir.Va
 
     of_chunk: list[ir.Value | None] = []
     of_rows: list[ir.Value | None] = []
-    for value in node.inputs[: _VALUE + 1]:
+    tokens = _ATTENTIONS[node.op_type]
+    for value in node.inputs[:tokens]:
         if value is None:
             of_chunk.append(None)
             of_rows.append(None)
@@ -69,7 +71,7 @@ def _divide(graph: ir.Graph, node: ir.Node, split: ir.Value, lengths: list[ir.Va
         of_chunk.append(chunk)
         of_rows += add("Reshape", [rows, _shape(graph, [-1, 1], value)])
     chunk_lengths, rows_lengths = lengths[:2], lengths[2:]
-    past = [node.inputs[_PAST_KEY], node.inputs[_PAST_VALUE]]
+    past = node.inputs[tokens : tokens + _PASTS]
     chunk_past = [_twin(graph, value) for value in past if value is not None]
     chunk_out = _attend(nodes, node, [*of_chunk, *chunk_past, *chunk_lengths])
     rows_out = _attend(nodes, node, [*of_rows, *past, *rows_lengths])
@@ -89,8 +91,8 @@ def _divide(graph: ir.Graph, node: ir.Node, split: ir.Value, lengths: list[ir.Va
 
 def _attend(nodes: list[ir.Node], node: ir.Node, inputs: list[ir.Value | None]) -> list[ir.Value]:
     """The same attention over other queries, keys, values and lengths."""
-    behind = node.inputs[_TOTAL + 1 :]
-    made = ir.node(_ATTENTION, [*inputs, *behind], dict(node.attributes), domain=node.domain, num_outputs=3)
+    behind = node.inputs[_ATTENTIONS[node.op_type] + _PASTS + _LENGTHS :]
+    made = ir.node(node.op_type, [*inputs, *behind], dict(node.attributes), domain=node.domain, num_outputs=3)
     nodes.append(made)
     return list(made.outputs)
 

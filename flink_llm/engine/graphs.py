@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from flink_llm.engine import native
 from flink_llm.engine.denormals import flushed, session_entry
 from flink_llm.engine.faults import lacks_memory
 from flink_llm.engine.model import GRAPH, Manifest, ModelFolder
@@ -48,6 +49,8 @@ def open_session(folder: ModelFolder, device: str, threads: int, form: str = GRA
         graph = folder.graph_file(stack, form)
         chosen = providers(device)
         stack.enter_context(_attention(folder.manifest.context_length))
+        if device == "cpu":
+            native.register(options)
         try:
             with flushed():
                 session = ort.InferenceSession(graph, options, providers=chosen)

@@ -21,12 +21,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from flink_llm.engine.functions import CONTRIB, DOMAIN, LEVELS, MOST_PRODUCTS, ZERO, complete
+
 DATA = "model.onnx.data"
-CONTRIB = "com.microsoft"
-LEVELS = 127
-"""Each way from zero: of a row, of unsigned weights, and of a table, which nothing is multiplied by."""
 SIGNED_LEVELS = 64
-ZERO = 128
+"""Each way from zero, of weights that are signed. Others have LEVELS, as a table, which nothing is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def quantize_rows(source: Path, to: Path, form: EightBits) -> int:
     count = sum(rewriter.products(x, group, kept) for x, group in _groups(graph).items())
     rewriter.table(kept)
     sweep(graph)
+    complete(model)
     to.mkdir(parents=True, exist_ok=True)
     ir.save(model, to / "model.onnx", external_data=DATA)
     return count
@@ -101,6 +101,10 @@ class _Rewriter:
         group = [product for product in group if product.matrix not in kept]
         if not group:
             return 0
+        if self._signed:
+            for begin in range(0, len(group), MOST_PRODUCTS):
+                self._row_linear(x, group[begin : begin + MOST_PRODUCTS])
+            return len(group)
         largest = self._add("ReduceMax", [self._add("Abs", [x]), self._last])
         # A row of zeros becomes 0/0 here and whatever QuantizeLinear makes of it; its scale of 0 undoes that.
         row = self._add("QuantizeLinear", [self._add("Div", [x, largest]), self._step, self._zero])
@@ -113,6 +117,15 @@ class _Rewriter:
         for product, output in zip(group, outputs, strict=True):
             self._replace(product.node, output)
         return len(group)
+
+    def _row_linear(self, x: ir.Value, group: list[_Product]) -> None:
+        matrices = [value for product in group for value in self._matrix(product)]
+        kind = f"RowLinear{len(group) if len(group) > 1 else ''}"
+        node = ir.node(kind, [x, *matrices], domain=DOMAIN, num_outputs=len(group))
+        self._nodes.append(node)
+        self._place(group[0].node)
+        for product, output in zip(group, node.outputs, strict=True):
+            self._replace(product.node, output)
 
     def table(self, kept: set[ir.Value]) -> None:
         """Rewrites the embedding: rows of bytes, each with its scale."""
@@ -133,10 +146,10 @@ class _Rewriter:
             self._replace(node, found)
 
     def _matrix(self, product: _Product) -> tuple[ir.Value, ir.Value]:
-        """The matrix [inputs, outputs] in bytes, and a scale for each of its columns."""
+        """The matrix in bytes, [inputs, outputs], or turned for `RowLinear`; and a scale for each output."""
         levels = SIGNED_LEVELS if self._signed else LEVELS
         matrix, worth = self._in_bytes(product.matrix, over=1 if product.turned else 0, levels=levels)
-        if product.turned:
+        if product.turned != self._signed:
             matrix = self._add("Transpose", [matrix], perm=[1, 0])
         # The row's own rounding step goes in here too: what is left for the row is its largest magnitude.
         scales = worth.reshape(-1) / np.float32(LEVELS)

@@ -1,0 +1,476 @@
+// Operators of the domain "flink_llm" for ONNX Runtime's CPU provider.
+//
+// A graph that names them carries the same in ONNX Runtime's own operators, as functions: where this library was not
+// built, or the processor lacks what it needs, those run.
+#include <cpuid.h>
+
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "abi.h"
+#include "attention.h"
+#include "products.h"
+
+namespace {
+
+using namespace products;
+
+bool usable() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+#define TRY(call)                        \
+  do {                                   \
+    if (ort::Status* s = (call)) return s; \
+  } while (false)
+
+// Memory of the calling thread, kept from run to run.
+class Scratch {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    const size_t begin = used_;
+    used_ += up(count * sizeof(T), 64);
+    return reinterpret_cast<T*>(base_ + begin);
+  }
+  void begin(size_t most) {
+    if (held_.size() < most + 64) held_.resize(most + 64);
+    base_ = reinterpret_cast<char*>(up(reinterpret_cast<int64_t>(held_.data()), 64));
+    used_ = 0;
+  }
+
+ private:
+  std::vector<char> held_;
+  char* base_ = nullptr;
+  size_t used_ = 0;
+};
+thread_local Scratch scratch;
+
+struct Array {
+  const void* data = nullptr;
+  std::vector<int64_t> sizes;
+  template <typename T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+};
+
+ort::Status* read(const ort::Api& api, const ort::Value* value, Array* to) {
+  ort::Shape* shape = nullptr;
+  TRY(api.shape(value, &shape));
+  size_t rank = 0;
+  ort::Status* status = api.rank(shape, &rank);
+  to->sizes.resize(rank);
+  if (!status) status = api.sizes(shape, to->sizes.data(), rank);
+  api.release(shape);
+  TRY(status);
+  return api.data(value, const_cast<void**>(&to->data));
+}
+
+ort::Status* read(const ort::Api& api, ort::KernelContext* context, size_t number, Array* to) {
+  const ort::Value* value = nullptr;
+  TRY(api.input(context, number, &value));
+  return read(api, value, to);
+}
+
+template <typename T>
+ort::Status* make(const ort::Api& api, ort::KernelContext* context, size_t number, const std::vector<int64_t>& sizes,
+                  T** to) {
+  ort::Value* value = nullptr;
+  TRY(api.output(context, number, sizes.data(), sizes.size(), &value));
+  return api.data(value, reinterpret_cast<void**>(to));
+}
+
+ort::Status* constant(const ort::Api& api, const ort::KernelInfo* info, size_t number, Array* to) {
+  int is_constant = 0;
+  const ort::Value* value = nullptr;
+  TRY(api.constant(info, number, &is_constant, &value));
+  if (!is_constant) return api.fail("a matrix and its scales are to be held by the graph");
+  return read(api, value, to);
+}
+
+// The products of one input by several matrices; or what a gated unit makes of two, gate and up. Where the input is
+// skipped over, it is two, `x` and `skip`: their sum is given back, and its norm is what is multiplied.
+template <typename Rows, typename Matrix>
+struct Product {
+  ort::Api api;
+  std::vector<Matrix> matrices;
+  std::vector<std::vector<int32_t>> sums;
+  int64_t inputs = 0;
+  bool skips = false, gated = false;
+  float epsilon = 0;
+
+  ort::Status* run(ort::KernelContext* context) const {
+    Array x, skip, gain;
+    TRY(read(api, context, 0, &x));
+    if (x.sizes.empty() || x.sizes.back() != inputs) return api.fail("an input's rows are of another length");
+    Work work{this, x.as<float>()};
+    if (skips) {
+      TRY(read(api, context, 1, &skip));
+      TRY(read(api, context, 2, &gain));
+      if (skip.sizes != x.sizes || gain.sizes != std::vector<int64_t>{inputs}) {
+        return api.fail("an input, what skips and the gain are of different sizes");
+      }
+      TRY(make(api, context, 1, x.sizes, &work.sum));
+      work.skip = skip.as<float>();
+      work.gain = gain.as<float>();
+    }
+    work.count = 1;
+    for (size_t i = 0; i + 1 < x.sizes.size(); i++) work.count *= x.sizes[i];
+    const int64_t count = work.count, made = gated ? 1 : static_cast<int64_t>(matrices.size());
+    int64_t columns = 0;
+    for (int64_t i = 0; i < made; i++) {
+      columns += matrices[i].columns;
+      x.sizes.back() = matrices[i].columns;
+      TRY(make(api, context, i, x.sizes, &work.to[i]));
+    }
+    if (count == 0) return nullptr;
+    prepare(&work);
+    if (count >= kRowsShared) {
+      const auto task = [](void* w, size_t i) { static_cast<Work*>(w)->rows_of(i * kRowsOfTask, kRowsOfTask); };
+      TRY(api.parallel(context, task, (count + kRowsOfTask - 1) / kRowsOfTask, &work));
+    } else {
+      work.rows_of(0, count);
+    }
+    const int64_t bytes = columns * inputs * (gated ? 2 : 1) * ((count + kRows - 1) / kRows);
+    int64_t tasks = bytes / kTask;
+    tasks = tasks < 2 ? 2 : tasks > 64 ? 64 : tasks;
+    work.share = up((columns + tasks - 1) / tasks, kColumns);
+    tasks = 0;
+    for (int64_t i = 0; i < made; i++) tasks += work.shares(i);
+    const auto task = [](void* w, size_t i) { static_cast<Work*>(w)->columns_of(i); };
+    return api.parallel(context, task, tasks, &work);
+  }
+
+ private:
+  static constexpr int64_t kMatrices = 3, kRowsShared = 32, kRowsOfTask = 8, kTask = 1 << 17;
+
+  struct Work {
+    const Product* product;
+    const float* x;
+    const float* skip = nullptr;
+    const float* gain = nullptr;
+    float* sum = nullptr;
+    float* normed = nullptr;
+    float* to[kMatrices] = {};
+    int64_t count = 0, share = 0;
+    Rows rows{};
+
+    void rows_of(int64_t from, int64_t many) const {
+      const int64_t wide = product->inputs;
+      for (int64_t row = from; row < count && row < from + many; row++) {
+        const float* source = x + row * wide;
+        if (skip) {
+          skip_norm(source, skip + row * wide, gain, product->epsilon, wide, sum + row * wide, normed + row * wide);
+          source = normed + row * wide;
+        }
+        quantize(source, row, rows);
+      }
+    }
+    int64_t shares(int64_t matrix) const { return (product->matrices[matrix].columns + share - 1) / share; }
+
+    void columns_of(int64_t task) const {
+      int64_t matrix = 0;
+      for (; task >= shares(matrix); matrix++) task -= shares(matrix);
+      const Matrix& of = product->matrices[matrix];
+      const int64_t begin = task * share, end = begin + share < of.columns ? begin + share : of.columns;
+      columns(rows, count, of, product->gated ? &product->matrices[1] : nullptr, begin, end, to[matrix]);
+    }
+  };
+
+  static void quantize(const float* x, int64_t row, const RowBytes& to) { to_bytes(x, row, to); }
+  static void quantize(const float* x, int64_t row, const RowBlocks& to) { to_blocks(x, row, to); }
+
+  void prepare(Work* work) const {
+    Rows& rows = work->rows;
+    const int64_t count = work->count, norms = skips ? count * inputs : 0;
+    rows.inputs = inputs;
+    if constexpr (std::is_same_v<Rows, RowBytes>) {
+      rows.wide = up(inputs, kWide);
+      scratch.begin(count * (rows.wide + 4) + 4 * norms + 256);
+      rows.bytes = scratch.take<uint8_t>(count * rows.wide);
+      rows.largest = scratch.take<float>(count);
+    } else {
+      rows.block = matrices[0].block;
+      rows.blocks = matrices[0].blocks;
+      scratch.begin(count * rows.blocks * (rows.block + 8) + 4 * norms + 256);
+      rows.bytes = scratch.take<int8_t>(count * rows.blocks * rows.block);
+      rows.middles = scratch.take<int32_t>(count * rows.blocks);
+      rows.scales = scratch.take<float>(count * rows.blocks);
+    }
+    work->normed = scratch.take<float>(norms);
+  }
+};
+
+using Eight = Product<RowBytes, Bytes>;
+using Four = Product<RowBlocks, Blocks>;
+
+ort::Status* add(Eight* to, const ort::KernelInfo* info, size_t number) {
+  Array weights, scales;
+  TRY(constant(to->api, info, number, &weights));
+  TRY(constant(to->api, info, number + 1, &scales));
+  if (weights.sizes.size() != 2 || scales.sizes != std::vector<int64_t>{weights.sizes[0]} ||
+      (to->inputs && to->inputs != weights.sizes[1])) {
+    return to->api.fail("a matrix is [columns, inputs] and has a scale for each column");
+  }
+  const int64_t columns = weights.sizes[0];
+  to->inputs = weights.sizes[1];
+  to->sums.emplace_back(columns);
+  middles(weights.as<int8_t>(), columns, to->inputs, to->sums.back().data());
+  to->matrices.push_back({weights.as<int8_t>(), scales.as<float>(), to->sums.back().data(), columns, to->inputs});
+  return nullptr;
+}
+
+ort::Status* add(Four* to, const ort::KernelInfo* info, size_t number) {
+  Array weights, scales;
+  TRY(constant(to->api, info, number, &weights));
+  TRY(constant(to->api, info, number + 1, &scales));
+  int64_t inputs = 0;
+  TRY(to->api.attribute(info, "K", &inputs));
+  const auto& sizes = weights.sizes;
+  if (sizes.size() != 3) return to->api.fail("a matrix of four bits is [columns, blocks, bytes]");
+  const int64_t block = sizes[2] * 2;
+  if (block % 64 || sizes[1] != (inputs + block - 1) / block) {
+    return to->api.fail("blocks of four bits are of a multiple of 64");
+  }
+  int64_t held = 1;
+  for (const int64_t size : scales.sizes) held *= size;
+  if (held != sizes[0] * sizes[1]) return to->api.fail("a matrix of four bits has a scale for each block");
+  to->inputs = inputs;
+  to->matrices.push_back({weights.as<uint8_t>(), scales.as<float>(), sizes[0], sizes[1], block});
+  return nullptr;
+}
+
+// What a product is of, as `functions.py` has it.
+template <int Count, bool Skip, bool Gate>
+struct Form {
+  static constexpr int matrices = Count, first = Skip ? 3 : 1;
+  static constexpr bool skips = Skip, gated = Gate;
+};
+
+template <typename Kernel, typename Of>
+ort::Status* create(const ort::Operator*, const void* const* table, const ort::KernelInfo* info, void** made) {
+  auto kernel = std::make_unique<Kernel>();
+  kernel->api = ort::Api(table);
+  kernel->skips = Of::skips;
+  kernel->gated = Of::gated;
+  if (Of::skips) TRY(kernel->api.attribute(info, "epsilon", &kernel->epsilon));
+  for (int i = 0; i < Of::matrices; i++) TRY(add(kernel.get(), info, Of::first + 2 * i));
+  if (Of::gated && kernel->matrices[0].columns != kernel->matrices[1].columns) {
+    return kernel->api.fail("gate and up are of different sizes");
+  }
+  *made = kernel.release();
+  return nullptr;
+}
+
+// GroupQueryAttention with rotated positions over a cache that is appended to: queries, keys and values in one input.
+struct Attention {
+  static constexpr int64_t kAlone = 64, kQueriesOfTask = 32;
+  ort::Api api;
+  attention::Shape shape{};
+
+  ort::Status* run(ort::KernelContext* context) const {
+    Array given, keys, values, lengths, total, cosines, sines;
+    Array* inputs[] = {&given, &keys, &values, &lengths, &total, &cosines, &sines};
+    for (size_t i = 0; i < 7; i++) TRY(read(api, context, i, inputs[i]));
+    Work work{};
+    work.shape = shape;
+    work.shape.size = keys.sizes.size() == 4 ? keys.sizes[3] : 0;
+    work.wide = (shape.heads + 2 * shape.kv_heads) * work.shape.size;
+    if (given.sizes.size() != 3 || given.sizes[2] != work.wide || keys.sizes != values.sizes ||
+        keys.sizes[0] != given.sizes[0] || keys.sizes[1] != shape.kv_heads || work.shape.size % attention::kWide ||
+        cosines.sizes.size() != 2 || cosines.sizes != sines.sizes || lengths.sizes[0] != given.sizes[0]) {
+      return api.fail("the inputs of an attention do not fit together");
+    }
+    if (shape.scale == 0) work.shape.scale = 1.0f / std::sqrt(static_cast<float>(work.shape.size));
+    work.shape.rotated = 2 * cosines.sizes[1];
+    const int64_t rows = given.sizes[0], longest = *total.as<int32_t>(), held = keys.sizes[2];
+    work.queries = given.sizes[1];
+    work.first = longest == work.queries;
+    work.given = given.as<float>();
+    work.lengths = lengths.as<int32_t>();
+    work.cosines = cosines.as<float>();
+    work.sines = sines.as<float>();
+    work.places = longest > held ? longest : held;
+    if (work.shape.rotated > work.shape.size || cosines.sizes[0] < longest) {
+      return api.fail("the rotation of an attention is for other positions");
+    }
+    for (int64_t row = 0; row < rows; row++) {
+      if (work.past(row) < 0 || work.past(row) + work.queries > work.places) {
+        return api.fail("an attention's lengths do not fit its cache");
+      }
+    }
+    TRY(make(api, context, 0, {rows, work.queries, shape.heads * work.shape.size}, &work.to));
+    std::vector<int64_t> sizes = keys.sizes;
+    sizes[2] = work.places;
+    TRY(make(api, context, 1, sizes, &work.keys));
+    TRY(make(api, context, 2, sizes, &work.values));
+    work.old_keys = keys.as<float>();
+    work.old_values = values.as<float>();
+    work.held = held;
+    if (rows == 0 || work.queries == 0) return nullptr;
+    const int64_t heads = rows * shape.kv_heads;
+    if (work.queries == 1) {  // what is appended is read by its own task alone
+      const auto task = [](void* w, size_t i) { static_cast<Work*>(w)->append(i), static_cast<Work*>(w)->attend(i, 0, 1); };
+      if (heads * longest <= kAlone) {
+        for (int64_t head = 0; head < heads; head++) task(&work, head);
+        return nullptr;
+      }
+      return api.parallel(context, task, heads, &work);
+    }
+    TRY(api.parallel(context, [](void* w, size_t i) { static_cast<Work*>(w)->append(i); }, heads, &work));
+    work.shares = (work.queries + kQueriesOfTask - 1) / kQueriesOfTask;
+    const auto task = [](void* w, size_t i) {
+      const auto* work = static_cast<Work*>(w);
+      const int64_t from = static_cast<int64_t>(i) % work->shares * kQueriesOfTask;
+      work->attend(i / work->shares, from, from + kQueriesOfTask < work->queries ? from + kQueriesOfTask : work->queries);
+    };
+    return api.parallel(context, task, heads * work.shares, &work);
+  }
+
+ private:
+  struct Work {
+    attention::Shape shape;
+    int64_t wide, queries, places, held, shares;
+    bool first;
+    const float *given, *cosines, *sines, *old_keys, *old_values;
+    const int32_t* lengths;
+    float *to, *keys, *values;
+
+    int64_t past(int64_t row) const { return first ? 0 : lengths[row] + 1 - queries; }
+
+    // Of one head of a sequence: its new keys and values behind those that are held.
+    void append(int64_t number) const {
+      const int64_t row = number / shape.kv_heads, head = number % shape.kv_heads, before = past(row), size = shape.size;
+      float* to_keys = keys + number * places * size;
+      float* to_values = values + number * places * size;
+      if (keys != old_keys) std::memcpy(to_keys, old_keys + number * held * size, before * size * sizeof(float));
+      if (values != old_values) std::memcpy(to_values, old_values + number * held * size, before * size * sizeof(float));
+      for (int64_t i = 0; i < queries; i++) {
+        const float* token = given + (row * queries + i) * wide + (shape.heads + head) * size;
+        const int64_t turn = (before + i) * shape.rotated / 2;
+        attention::rotate(token, cosines + turn, sines + turn, shape, to_keys + (before + i) * size);
+        std::memcpy(to_values + (before + i) * size, token + shape.kv_heads * size, size * sizeof(float));
+      }
+    }
+
+    // Queries `from` to `until` of the heads that share one of keys and values.
+    void attend(int64_t number, int64_t from, int64_t until) const {
+      using attention::kQueries;
+      const int64_t row = number / shape.kv_heads, head = number % shape.kv_heads, before = past(row), size = shape.size;
+      const int64_t group = shape.heads / shape.kv_heads, room = up(before + until + attention::kKeys, 16);
+      scratch.begin(sizeof(float) * kQueries * (size + room) + 256);
+      float* turned = scratch.take<float>(kQueries * size);
+      float* scores = scratch.take<float>(kQueries * room);
+      const attention::Head of{keys + number * places * size, values + number * places * size};
+      const int64_t many = (until - from) * group;
+      for (int64_t done = 0; done < many; done += kQueries) {
+        const int64_t count = many - done < kQueries ? many - done : kQueries;
+        const float* asked[kQueries] = {};
+        float* made[kQueries] = {};
+        int64_t seen[kQueries] = {};
+        for (int64_t r = 0; r < count; r++) {
+          const int64_t i = from + (done + r) / group, of_group = head * group + (done + r) % group;
+          const int64_t turn = (before + i) * shape.rotated / 2;
+          asked[r] = turned + r * size;
+          attention::rotate(given + (row * queries + i) * wide + of_group * size, cosines + turn, sines + turn, shape,
+                            turned + r * size);
+          made[r] = to + ((row * queries + i) * shape.heads + of_group) * size;
+          seen[r] = before + i + 1;
+        }
+        if (count == 4) attention::attend<4>(asked, of, shape, seen, scores, room, made);
+        if (count == 3) attention::attend<3>(asked, of, shape, seen, scores, room, made);
+        if (count == 2) attention::attend<2>(asked, of, shape, seen, scores, room, made);
+        if (count == 1) attention::attend<1>(asked, of, shape, seen, scores, room, made);
+      }
+    }
+  };
+};
+
+ort::Status* create_attention(const ort::Operator*, const void* const* table, const ort::KernelInfo* info, void** made) {
+  auto kernel = std::make_unique<Attention>();
+  kernel->api = ort::Api(table);
+  TRY(kernel->api.attribute(info, "num_heads", &kernel->shape.heads));
+  TRY(kernel->api.attribute(info, "kv_num_heads", &kernel->shape.kv_heads));
+  TRY(kernel->api.attribute(info, "scale", &kernel->shape.scale));
+  if (kernel->shape.kv_heads < 1 || kernel->shape.heads % kernel->shape.kv_heads) {
+    return kernel->api.fail("heads of queries are a multiple of those of keys");
+  }
+  *made = kernel.release();
+  return nullptr;
+}
+
+template <typename Kernel>
+ort::Operator describe(const char* (*name)(const ort::Operator*)) {
+  ort::Operator op{};
+  op.version = ort::kVersion;
+  op.name = name;
+  op.provider = [](const ort::Operator*) -> const char* { return "CPUExecutionProvider"; };
+  op.output_type = [](const ort::Operator*, size_t) { return ort::kFloat; };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.input_kind = [](const ort::Operator*, size_t) { return 0; };
+  op.output_kind = [](const ort::Operator*, size_t) { return 0; };
+  op.input_memory = [](const ort::Operator*, size_t) { return 0; };
+  op.compute = [](void* kernel, ort::KernelContext* context) { return static_cast<Kernel*>(kernel)->run(context); };
+  op.since = [](const ort::Operator*) { return 1; };
+  op.until = [](const ort::Operator*) { return 0x7fffffff; };
+  return op;
+}
+
+template <typename Kernel, typename Of>
+ort::Operator describe_product(const char* (*name)(const ort::Operator*)) {
+  ort::Operator op = describe<Kernel>(name);
+  op.input_type = [](const ort::Operator*, size_t number) {
+    if (number < Of::first || number % 2 == 0) return ort::kFloat;
+    return std::is_same_v<Kernel, Eight> ? ort::kInt8 : ort::kUint8;
+  };
+  op.input_count = [](const ort::Operator*) -> size_t { return Of::first + 2 * Of::matrices; };
+  op.output_count = [](const ort::Operator*) -> size_t { return (Of::gated ? 1 : Of::matrices) + (Of::skips ? 1 : 0); };
+  op.create = create<Kernel, Of>;
+  return op;
+}
+
+ort::Operator describe_attention(const char* (*name)(const ort::Operator*)) {
+  ort::Operator op = describe<Attention>(name);
+  op.input_type = [](const ort::Operator*, size_t number) { return number == 3 || number == 4 ? ort::kInt32 : ort::kFloat; };
+  op.input_count = [](const ort::Operator*) -> size_t { return 7; };
+  op.output_count = [](const ort::Operator*) -> size_t { return 3; };
+  op.create = create_attention;
+  return op;
+}
+
+#define NAME(text) [](const ort::Operator*) -> const char* { return text; }
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
+                                                                                  const ort::ApiBase* base) {
+  if (!usable()) return nullptr;
+  const void* const* table = base->get_api(ort::kVersion);
+  if (!table) return nullptr;  // an ONNX Runtime before 1.18
+  static const ort::Operator operators[] = {
+      describe_product<Eight, Form<1, false, false>>(NAME("RowLinear")),
+      describe_product<Eight, Form<2, false, false>>(NAME("RowLinear2")),
+      describe_product<Eight, Form<3, false, false>>(NAME("RowLinear3")),
+      describe_product<Eight, Form<1, true, false>>(NAME("SkipRowLinear")),
+      describe_product<Eight, Form<2, true, true>>(NAME("SkipGatedRowLinear")),
+      describe_product<Four, Form<1, false, false>>(NAME("BlockLinear")),
+      describe_product<Four, Form<1, true, false>>(NAME("SkipBlockLinear")),
+      describe_product<Four, Form<2, true, true>>(NAME("SkipGatedBlockLinear")),
+      describe_attention(NAME("RotaryAttention")),
+  };
+  const ort::Api api(table);
+  static ort::Domain* domain = [&] {
+    ort::Domain* made = nullptr;
+    if (api.new_domain("flink_llm", &made)) return static_cast<ort::Domain*>(nullptr);
+    for (const auto& op : operators) {
+      if (api.add(made, &op)) return static_cast<ort::Domain*>(nullptr);
+    }
+    return made;
+  }();
+  return domain ? api.add(options, domain) : api.fail("the operators could not be registered");
+}

@@ -1,0 +1,34 @@
+"""Kernels of our own for `functions`: a library in C++ beside this package, where a compiler was there to build it.
+
+It is built when flink-llm is installed from its source (`kernels/`). Without it, and on a processor without AVX-512
+and VNNI, ONNX Runtime's own operators run: the same answers, slower.
+"""
+
+import importlib.util
+import logging
+import os
+
+import onnxruntime as ort
+
+OFF = "FLINK_LLM_KERNELS"
+"""An environment variable: `off` leaves them out, to compare."""
+_log = logging.getLogger(__name__)
+
+
+def library() -> str | None:
+    """The path of the library, None where there is none or it is turned off."""
+    if os.environ.get(OFF) == "off":
+        return None
+    found = importlib.util.find_spec("flink_llm.engine._kernels")
+    return found.origin if found else None
+
+
+def register(options: ort.SessionOptions) -> None:
+    """Lets a session on the CPU take the kernels, where they are."""
+    path = library()
+    if path is None:
+        return
+    try:
+        options.register_custom_ops_library(path)
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        _log.warning("the kernels in %s cannot be used, ONNX Runtime's own run instead: %s", path, error)

@@ -1,0 +1,315 @@
+"""Kernels of our own say what the functions of the graph say, row by row, whoever shares the run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir")
+
+import onnx_ir as ir
+import onnxruntime as ort
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.machine import cpu_flags
+from flink_llm.engine import native
+from flink_llm.engine.functions import BLOCK_ATTRIBUTES, DOMAIN, complete
+
+needs_kernels = pytest.mark.skipif(
+    native.library() is None or "avx512_vnni" not in cpu_flags(), reason="the kernels are for AVX-512 and VNNI"
+)
+EVERY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+sizes = st.integers(1, 40)
+rows = st.integers(1, 37)
+
+
+class Graph:
+    """One node of our domain over weights that the graph holds; run by its kernel, and as the function."""
+
+    def __init__(
+        self, kind: str, weights: dict[str, np.ndarray], inputs: dict[str, Any], outputs: int, **own: Any
+    ) -> None:
+        values = {
+            name: ir.Value(name=name, shape=ir.Shape([None] * rank), type=ir.TensorType(dtype))
+            for name, (rank, dtype) in inputs.items()
+        }
+        held = []
+        for name, array in weights.items():
+            tensor = ir.tensor(array, name=name)
+            held.append(ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)))
+        node = ir.node(kind, [*values.values(), *held], own, domain=DOMAIN, num_outputs=outputs)
+        for number, output in enumerate(node.outputs):
+            output.name, output.type = f"y{number}", ir.TensorType(ir.DataType.FLOAT)
+        imports = {"": 20, "com.microsoft": 1, DOMAIN: 1}
+        graph = ir.Graph(
+            list(values.values()), node.outputs, nodes=[node], initializers=held, opset_imports=imports, name="g"
+        )
+        model = ir.Model(graph, ir_version=10)
+        complete(model)
+        self._bytes = ir.to_proto(model).SerializeToString()
+        self.kernel, self.function = self._session(True), self._session(False)
+
+    def _session(self, kernels: bool) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 2
+        if kernels:
+            native.register(options)
+        return ort.InferenceSession(self._bytes, options, providers=["CPUExecutionProvider"])
+
+    def both(self, **feeds: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return list(zip(self.kernel.run(None, feeds), self.function.run(None, feeds), strict=True))
+
+
+FLOAT = ir.DataType.FLOAT
+
+
+def numbers(seed: int, *shape: int) -> np.ndarray:
+    """Some large, some small, and a few lines of zeros."""
+    draw = np.random.default_rng(seed)
+    made = draw.standard_normal(shape) * 10.0 ** draw.integers(-3, 3, (*shape[:-1], 1))
+    made[draw.random(shape[:-1]) < 0.05] = 0
+    return made.astype(np.float32)
+
+
+def in_bytes(seed: int, columns: int, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return (
+        draw.integers(-64, 65, (columns, inputs)).astype(np.int8),
+        draw.random(columns).astype(np.float32) * 1e-3,
+    )
+
+
+@needs_kernels
+@EVERY
+@given(count=rows, inputs=st.integers(1, 300), columns=sizes, more=st.integers(0, 2), seed=st.integers(0, 2**16))
+def test_products_in_bytes_are_the_functions_to_the_bit(
+    count: int, inputs: int, columns: int, more: int, seed: int
+) -> None:
+    weights = {}
+    for number in range(more + 1):
+        weights[f"w{number}"], weights[f"s{number}"] = in_bytes(seed + number, columns + 5 * number, inputs)
+    graph = Graph(f"RowLinear{more + 1 if more else ''}", weights, {"x": (3, FLOAT)}, more + 1)
+
+    for found, wanted in graph.both(x=numbers(seed, 1, count, inputs)):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def in_blocks(seed: int, columns: int, inputs: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    blocks = -(-inputs // block)
+    return (
+        draw.integers(0, 256, (columns, blocks, block // 2)).astype(np.uint8),
+        (draw.random(columns * blocks) * 1e-2).astype(np.float32),
+    )
+
+
+def by_blocks(x: np.ndarray, weights: np.ndarray, scales: np.ndarray, block: int) -> np.ndarray:
+    """What the product is, with x rounded to 127 levels each way in each block."""
+    columns, blocks, _ = weights.shape
+    padded = np.zeros((len(x), blocks * block))
+    padded[:, : x.shape[1]] = x
+    parts = padded.reshape(len(x), blocks, block)
+    largest = np.abs(parts).max(axis=-1, keepdims=True)
+    levels = np.rint(np.divide(parts * 127, largest, where=largest > 0, out=np.zeros_like(parts)))
+    held = np.stack([weights & 15, weights >> 4], axis=-1).reshape(columns, blocks, block).astype(float) - 8
+    sums = np.einsum("rbk,cbk->rcb", levels, held)
+    return (sums * scales.reshape(columns, blocks) * (largest[:, None, :, 0] / 127)).sum(axis=-1)
+
+
+@needs_kernels
+@EVERY
+@given(
+    count=rows,
+    inputs=st.integers(1, 300),
+    columns=sizes,
+    block=st.sampled_from([64, 128, 256]),
+    seed=st.integers(0, 99),
+)
+def test_products_in_four_bits_are_what_they_say(count: int, inputs: int, columns: int, block: int, seed: int) -> None:
+    weights, scales = in_blocks(seed, columns, inputs, block)
+    own = dict(zip(BLOCK_ATTRIBUTES, (inputs, columns, 4, block, 4), strict=True))
+    graph = Graph("BlockLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1, **own)
+    x = numbers(seed, 1, count, inputs)
+
+    ((found, _),) = graph.both(x=x)
+    wanted = by_blocks(x[0].astype(float), weights, scales, block)
+    # A number half way between two levels may be rounded to either: one level of one input.
+    near = np.abs(x[0]).max(axis=-1, keepdims=True) / 127 * 8 * scales.max() * 2
+    np.testing.assert_array_less(np.abs(found[0] - wanted), near + 1e-5 * np.abs(wanted) + 1e-9)
+
+
+@needs_kernels
+@EVERY
+@given(
+    kind=st.sampled_from(["SkipRowLinear", "SkipGatedRowLinear", "SkipBlockLinear", "SkipGatedBlockLinear"]),
+    count=rows,
+    columns=sizes,
+    seed=st.integers(0, 99),
+)
+def test_a_norm_and_its_products_are_near_the_function(kind: str, count: int, columns: int, seed: int) -> None:
+    inputs, matrices, own = 192, 2 if "Gated" in kind else 1, {"epsilon": 1e-6}
+    weights: dict[str, np.ndarray] = {}
+    for number in range(matrices):
+        made = (
+            in_bytes(seed + number, columns, inputs)
+            if "Row" in kind
+            else in_blocks(seed + number, columns, inputs, block=64)
+        )
+        weights[f"w{number}"], weights[f"s{number}"] = made
+    if "Block" in kind:
+        own |= dict(zip(BLOCK_ATTRIBUTES, (inputs, columns, 4, 64, 4), strict=True))
+    graph = Graph(kind, weights, {"x": (3, FLOAT), "skip": (3, FLOAT), "gain": (1, FLOAT)}, 2, **own)
+    x, skip = numbers(seed, 1, count, inputs), numbers(seed + 1, 1, count, inputs)
+
+    (made, both) = graph.both(x=x, skip=skip, gain=1 + numbers(seed + 2, 1, inputs)[0] / 100)
+    np.testing.assert_array_equal(both[0], both[1])
+    # A norm whose last bit differs may round a number to the level beside.
+    near = 0.02 * np.abs(made[1]).max(axis=-1, keepdims=True) + 0.02 * np.abs(made[1]).max() + 1e-6
+    np.testing.assert_array_less(np.abs(made[0] - made[1]), np.broadcast_to(near, made[1].shape))
+
+
+HEADS = st.sampled_from([(1, 1), (3, 1), (4, 2), (9, 3)])
+
+
+def attention(heads: int, kv_heads: int, size: int, scale: float, places: int) -> Graph:
+    angles = np.arange(places)[:, None] * 10000.0 ** -(np.arange(size // 2) / (size // 2))
+    inputs = {
+        "packed": (3, FLOAT),
+        "keys": (4, FLOAT),
+        "values": (4, FLOAT),
+        "lengths": (1, ir.DataType.INT32),
+        "longest": (1, ir.DataType.INT32),
+    }
+    turns = {"cosines": np.cos(angles).astype(np.float32), "sines": np.sin(angles).astype(np.float32)}
+    return Graph("RotaryAttention", turns, inputs, 3, num_heads=heads, kv_num_heads=kv_heads, scale=scale)
+
+
+@needs_kernels
+@EVERY
+@given(
+    heads=HEADS,
+    size=st.sampled_from([16, 48, 64, 128]),
+    scale=st.sampled_from([0.0, 1.0, 0.1]),
+    queries=st.integers(1, 40),
+    pasts=st.lists(st.integers(0, 60), min_size=1, max_size=5),
+    first=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_an_attention_is_near_the_function(
+    heads: tuple[int, int], size: int, scale: float, queries: int, pasts: list[int], first: bool, seed: int
+) -> None:
+    """A prompt from its beginning, several of them padded behind; a part of one with a past; a token of everybody."""
+    if first:
+        lengths = [min(queries, 1 + past) for past in pasts]
+        lengths[0] = queries
+        total = queries
+    else:
+        queries = 1 if len(pasts) > 1 else queries
+        lengths = [past + queries for past in pasts]
+        total = max(lengths)
+    draw, places, (many, few) = np.random.default_rng(seed), 128, heads
+    graph = attention(many, few, size, scale, places)
+    packed = draw.standard_normal((len(pasts), queries, (many + 2 * few) * size)).astype(np.float32)
+    cache = draw.standard_normal((2, len(pasts), few, places, size)).astype(np.float32)
+    feeds = {
+        "packed": packed,
+        "keys": cache[0],
+        "values": cache[1],
+        "lengths": np.array(lengths, np.int32) - 1,
+        "longest": np.array([total], np.int32),
+    }
+
+    (made, keys, values) = graph.both(**feeds)
+    for row, length in enumerate(lengths):
+        new = length if first else queries
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        np.testing.assert_allclose(made[0][row, :new], made[1][row, :new], **close)
+        np.testing.assert_allclose(keys[0][row, :, :length], keys[1][row, :, :length], **close)
+        np.testing.assert_array_equal(values[0][row, :, :length], values[1][row, :, :length])
+
+
+@needs_kernels
+def test_a_row_does_not_feel_the_others_nor_how_many_they_are() -> None:
+    weights, scales = in_bytes(1, 24, 200)
+    blocks, of_blocks = in_blocks(1, 24, 200, 64)
+    own = dict(zip(BLOCK_ATTRIBUTES, (200, 24, 4, 64, 4), strict=True))
+    graphs = [
+        Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1),
+        Graph("BlockLinear", {"w": blocks, "s": of_blocks}, {"x": (3, FLOAT)}, 1, **own),
+    ]
+    x = numbers(3, 1, 150, 200)
+    for graph in graphs:
+        (every,) = graph.kernel.run(None, {"x": x})
+        for first, count in ((0, 1), (7, 2), (20, 3), (50, 4), (3, 17), (10, 140)):
+            (some,) = graph.kernel.run(None, {"x": x[:, first : first + count]})
+            np.testing.assert_array_equal(some, every[:, first : first + count])
+
+
+@needs_kernels
+def test_a_row_that_is_no_number_is_none_and_leaves_the_others_alone() -> None:
+    weights, scales = in_bytes(1, 24, 70)
+    graph = Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1)
+    x = numbers(3, 1, 9, 70)
+    (before,) = graph.kernel.run(None, {"x": x})
+    x[0, 4, 69] = np.nan
+    (after,) = graph.kernel.run(None, {"x": x})
+
+    assert np.isnan(after[0, 4]).all()
+    np.testing.assert_array_equal(np.delete(after, 4, axis=1), np.delete(before, 4, axis=1))
+
+
+@needs_kernels
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    weights, scales = in_bytes(1, 24, 70)
+    graph = Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1)
+    with pytest.raises(Exception, match="rows are of another length"):
+        graph.kernel.run(None, {"x": numbers(3, 1, 9, 71)})
+    with pytest.raises(Exception, match="a scale for each column"):
+        Graph("RowLinear", {"w": weights, "s": scales[1:]}, {"x": (3, FLOAT)}, 1)
+    asked = attention(3, 1, 16, 1.0, 128)
+    feeds = {
+        "packed": numbers(1, 1, 1, 80),
+        "keys": numbers(1, 1, 1, 8, 16),
+        "values": numbers(1, 1, 1, 8, 16),
+        "lengths": np.array([60], np.int32),
+        "longest": np.array([8], np.int32),
+    }
+    with pytest.raises(Exception, match="lengths do not fit its cache"):
+        asked.kernel.run(None, feeds)
+    with pytest.raises(Exception, match="do not fit together"):
+        asked.kernel.run(None, {**feeds, "packed": numbers(1, 1, 1, 96)})
+
+
+@needs_kernels
+def test_the_kernels_are_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, scales = in_bytes(1, 24, 70)
+    graph = Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1)
+
+    def kinds(run: bool) -> set[str]:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.enable_profiling = True
+        options.profile_file_prefix = str(tmp_path / "profile")
+        if run:
+            native.register(options)
+        session = ort.InferenceSession(graph._bytes, options, providers=["CPUExecutionProvider"])
+        session.run(None, {"x": numbers(1, 1, 2, 70)})
+        text = Path(session.end_profiling()).read_text()
+        return {kind for kind in ("RowLinear", "MatMulIntegerToFloat") if f'"op_name" : "{kind}"' in text}
+
+    assert kinds(True) == {"RowLinear"}
+    assert kinds(False) == {"MatMulIntegerToFloat"}
+    monkeypatch.setenv(native.OFF, "off")
+    assert kinds(True) == {"MatMulIntegerToFloat"}
+
+
+def test_a_library_that_is_none_is_said_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    monkeypatch.setattr(native, "library", lambda: str(tmp_path / "broken.so"))
+    native.register(ort.SessionOptions())
+    assert "cannot be used, ONNX Runtime's own run instead" in caplog.text
