@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from benchmarks.shapes import ROOT
-from flink_llm.engine.quantize import LEVELS, ZERO
+from flink_llm.engine.quantize import LEVELS
 
 SHIPPED = Path(__file__).parents[1] / "models" / "support-chat"
 HEADS, KEYS, SIZE, MIDDLE = 4, 2, 64, 512
@@ -77,8 +77,8 @@ def _weights(shipped: Path) -> dict[str, NDArray[np.float32]]:
             found["model.norm.weight"] = array
         elif name.endswith("layernorm.weight"):
             found[name] = array
-        elif name.endswith(".MatMul.weight/w8") and name.startswith("model."):
-            layer, _, product = name.removesuffix(".MatMul.weight/w8").rpartition(".")
+        elif name.endswith(".MatMul.weight/bytes") and name.startswith("model."):
+            layer, _, product = name.removesuffix(".MatMul.weight/bytes").rpartition(".")
             rows, begin = _matrix(arrays, f"{layer}.{product}").T, 0
             for part, count in _PARTS[product]:
                 found[f"{layer.rpartition('.')[0]}.{part}.weight"] = rows[begin : begin + count]
@@ -88,7 +88,7 @@ def _weights(shipped: Path) -> dict[str, NDArray[np.float32]]:
 
 def _matrix(arrays: dict[str, NDArray[np.float32]], product: str) -> NDArray[np.float32]:
     """[inputs, outputs]; the scales of columns are of a product with a row in levels of its own."""
-    name = f"{product}.MatMul.weight/w8"
-    levels = arrays[name].astype(np.float32) - ZERO
-    matrix: NDArray[np.float32] = levels * (arrays[f"{name}_column_scales"] * LEVELS)
+    name = f"{product}.MatMul.weight"
+    levels = arrays[f"{name}/bytes"].astype(np.float32)
+    matrix: NDArray[np.float32] = levels * (arrays[f"{name}/column_scales"] * LEVELS)
     return matrix

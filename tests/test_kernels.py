@@ -306,6 +306,19 @@ def test_the_kernels_are_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kinds(True) == {"MatMulIntegerToFloat"}
 
 
+def test_it_is_said_whether_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usable = native.library() is not None and "avx512_vnni" in cpu_flags()
+    assert (native.state() == "in use") == usable
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "library", lambda: str(tmp_path / "broken.so"))
+        assert native.state().startswith("cannot be loaded, models run slower on a CPU: ")
+        patched.setattr(native, "library", lambda: None)
+        assert "install a C++ compiler (g++)" in native.state()
+        patched.setenv(native.OFF, "off")
+        assert native.state() == "left out: FLINK_LLM_KERNELS is off"
+
+
 def test_a_library_that_is_none_is_said_and_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

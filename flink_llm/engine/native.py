@@ -1,9 +1,10 @@
 """Kernels of our own for `functions`: a library in C++ beside this package, where a compiler was there to build it.
 
 It is built when flink-llm is installed from its source (`kernels/`). Without it, and on a processor without AVX-512
-and VNNI, ONNX Runtime's own operators run: the same answers, slower.
+and VNNI, ONNX Runtime's own operators run: the same model, slower.
 """
 
+import ctypes
 import importlib.util
 import logging
 import os
@@ -21,6 +22,20 @@ def library() -> str | None:
         return None
     found = importlib.util.find_spec("flink_llm.engine._kernels")
     return found.origin if found else None
+
+
+def state() -> str:
+    """Whether they run here, in words, and if not, what to do."""
+    path = library()
+    if path is None:
+        if os.environ.get(OFF) == "off":
+            return f"left out: {OFF} is off"
+        return "not built, models run slower on a CPU: install a C++ compiler (g++), then flink-llm once more"
+    try:
+        usable = ctypes.CDLL(path).flink_llm_kernels_usable()
+    except (OSError, AttributeError) as error:
+        return f"cannot be loaded, models run slower on a CPU: {error}"
+    return "in use" if usable else "not for this processor, which lacks AVX-512 or its VNNI"
 
 
 def register(options: ort.SessionOptions) -> None:

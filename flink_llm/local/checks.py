@@ -164,6 +164,13 @@ def _installed(name: str) -> bool:
     return True
 
 
+def kernels() -> str:
+    """Whether models on the CPU run by kernels of our own."""
+    from flink_llm.engine import native  # ONNX Runtime is slow to import
+
+    return native.state()
+
+
 def gpu(host: HostSettings) -> str:
     """What `host.device` means on this machine; a GPU that is asked for must be there."""
     device = resolve_device(host.device)

@@ -57,6 +57,7 @@ def _checks(settings: JobConfig | None, state: Path | None) -> Iterator[tuple[st
     yield "Maven", checks.maven
     yield "Flink and its Kafka connector", checks.connector
     yield "ONNX Runtime", checks.onnxruntime
+    yield "kernels", checks.kernels
     yield "GPU", partial(checks.gpu, settings.host if settings else HostSettings())
     if state is not None:
         yield "local broker", partial(_local_broker, state)
