@@ -7,14 +7,20 @@ it costs nothing, and what it then loses, its first position, is put back before
 """
 
 import ctypes
+import mmap
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import psutil
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
+_NO_LARGE_PAGES = 15
+"""MADV_NOHUGEPAGE, see madvise(2)."""
+_SHARE = 8
+"""Up to what part of the machine's memory a cache is made whole when it is loaded, in large pages if there are."""
 
 
 class KvCache:
@@ -34,6 +40,12 @@ class KvCache:
             for part in ("key", "value")
         }
         self._arrays = [self._array(value, slots) for value in self._values.values()] if device == "cpu" else []
+        if self._arrays and len(self._arrays) * slots * self._row_bytes <= psutil.virtual_memory().total // _SHARE:
+            for array in self._arrays:  # else a slot's first prompt would have the system make its pages
+                array.fill(0)
+        elif self._arrays:
+            for value in self._values.values():
+                _in_small_pages(value.data_ptr(), slots * self._row_bytes)
         self._parked: dict[int, list[Array]] = {}
 
     @property
@@ -90,3 +102,14 @@ class KvCache:
         data = (ctypes.c_char * (slots * self._row_bytes)).from_address(value.data_ptr())
         made: Array = np.frombuffer(memoryview(data), dtype=self._dtype).reshape(slots, *self._shape)
         return made
+
+
+def _in_small_pages(address: int, count: int) -> None:
+    """A prompt touches the beginning of a row in each layer and head: in large pages many times what it needs.
+
+    Where the system does not know the word, all stays as it is.
+    """
+    page = mmap.PAGESIZE
+    begin, end = -(-address // page) * page, (address + count) // page * page
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _NO_LARGE_PAGES)

@@ -10,6 +10,7 @@
 
 #include "abi.h"
 #include "attention.h"
+#include "panels.h"
 #include "products.h"
 
 namespace {
@@ -54,7 +55,7 @@ class Scratch {
   char* base_ = nullptr;
   size_t used_ = 0;
 };
-thread_local Scratch scratch;
+thread_local Scratch scratch, panels;
 
 struct Array {
   const void* data = nullptr;
@@ -145,7 +146,7 @@ struct Product {
     const int64_t bytes = columns * inputs * (gated ? 2 : 1) * ((count + kRows - 1) / kRows);
     int64_t tasks = bytes / kTask;
     tasks = tasks < 2 ? 2 : tasks > 64 ? 64 : tasks;
-    work.share = up((columns + tasks - 1) / tasks, kColumns);
+    work.share = up((columns + tasks - 1) / tasks, count >= kRowsTurned ? kPanel<Matrix> : kColumns);
     tasks = 0;
     for (int64_t i = 0; i < made; i++) tasks += work.shares(i);
     const auto task = [](void* w, size_t i) { static_cast<Work*>(w)->columns_of(i); };
@@ -153,6 +154,8 @@ struct Product {
   }
 
  private:
+  // Of how many rows on turning a panel is worth it: sooner where that unpacks it as well.
+  static constexpr int64_t kRowsTurned = std::is_same_v<Matrix, Bytes> ? 64 : 16;
   static constexpr int64_t kMatrices = 3, kRowsShared = 32, kRowsOfTask = 8, kTask = 1 << 17;
 
   struct Work {
@@ -184,7 +187,13 @@ struct Product {
       for (; task >= shares(matrix); matrix++) task -= shares(matrix);
       const Matrix& of = product->matrices[matrix];
       const int64_t begin = task * share, end = begin + share < of.columns ? begin + share : of.columns;
-      columns(rows, count, of, product->gated ? &product->matrices[1] : nullptr, begin, end, to[matrix]);
+      const Matrix* other = product->gated ? &product->matrices[1] : nullptr;
+      if (count >= kRowsTurned) {
+        panels.begin(length(of) * kPanel<Matrix> * 2);
+        by_panels(rows, count, of, other, begin, end, panels.take<int8_t>(length(of) * kPanel<Matrix> * 2), to[matrix]);
+      } else {
+        columns(rows, count, of, other, begin, end, to[matrix]);
+      }
     }
   };
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
@@ -74,10 +75,13 @@ inline __m512 exponential(__m512 x) {
 }
 
 // gate * sigmoid(gate) * up (Shazeer 2020, "GLU Variants Improve Transformer")
+inline __m512 gated(__m512 gate, __m512 up) {
+  const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
+  return _mm512_mul_ps(_mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1.0f), e)), up);
+}
+
 inline __m128 gated(__m128 gate, __m128 up) {
-  const __m512 wide = _mm512_castps128_ps512(gate);
-  const __m128 e = _mm512_castps512_ps128(exponential(_mm512_sub_ps(_mm512_setzero_ps(), wide)));
-  return _mm_mul_ps(_mm_div_ps(gate, _mm_add_ps(_mm_set1_ps(1.0f), e)), up);
+  return _mm512_castps512_ps128(gated(_mm512_castps128_ps512(gate), _mm512_castps128_ps512(up)));
 }
 
 // x + skip, and what it becomes over the root of its mean square (Zhang and Sennrich 2019), times `gain`.
