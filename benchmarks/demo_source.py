@@ -81,7 +81,9 @@ def _weights(shipped: Path) -> dict[str, NDArray[np.float32]]:
             layer, _, product = name.removesuffix(".MatMul.weight/bytes").rpartition(".")
             rows, begin = _matrix(arrays, f"{layer}.{product}").T, 0
             for part, count in _PARTS[product]:
-                found[f"{layer.rpartition('.')[0]}.{part}.weight"] = rows[begin : begin + count]
+                # The scale of the scores is in the queries' weights (ADR 30).
+                scale = SIZE**0.5 if part.endswith("q_proj") else 1.0
+                found[f"{layer.rpartition('.')[0]}.{part}.weight"] = rows[begin : begin + count] * np.float32(scale)
                 begin += count
     return found
 
