@@ -6,9 +6,11 @@ Where the buffers are in reach of NumPy, such a row is *parked*: its mask says t
 it costs nothing, and what it then loses, its first position, is put back before the row is used again.
 """
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ Array = NDArray[np.floating[Any]]
 _NO_LARGE_PAGES = 15
 """MADV_NOHUGEPAGE, see madvise(2)."""
 _SHARE = 8
-"""Up to what part of the machine's memory a cache is made whole when it is loaded, in large pages if there are."""
+"""Up to what part of the memory that is free a cache is made whole when it is loaded, in large pages if there are."""
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container says how much memory it has, by cgroups' version 2 and 1."""
 
 
 class KvCache:
@@ -40,7 +44,7 @@ class KvCache:
             for part in ("key", "value")
         }
         self._arrays = [self._array(value, slots) for value in self._values.values()] if device == "cpu" else []
-        if self._arrays and len(self._arrays) * slots * self._row_bytes <= psutil.virtual_memory().total // _SHARE:
+        if self._arrays and len(self._arrays) * slots * self._row_bytes <= _room() // _SHARE:
             for array in self._arrays:  # else a slot's first prompt would have the system make its pages
                 array.fill(0)
         elif self._arrays:
@@ -102,6 +106,15 @@ class KvCache:
         data = (ctypes.c_char * (slots * self._row_bytes)).from_address(value.data_ptr())
         made: Array = np.frombuffer(memoryview(data), dtype=self._dtype).reshape(slots, *self._shape)
         return made
+
+
+def _room() -> int:
+    """Bytes of memory that are free, as far as it can be told: of a container, at most what it has."""
+    found = [psutil.virtual_memory().available]
+    for name in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            found.append(int(Path(name).read_text()))
+    return min(found)
 
 
 def _in_small_pages(address: int, count: int) -> None:

@@ -28,17 +28,18 @@ def fuse(path: Path, head_dim: int) -> None:
     for node in list(graph):
         if node.op_type == "MatMulNBits" and _in_four_bits(node):
             attributes = {name: node.attributes[name] for name in BLOCK_ATTRIBUTES}
-            _replace(graph, node, "BlockLinear", node.inputs[:3], attributes, {0: 0})
+            _replace(graph, node, "BlockLinear", node.inputs[:3], attributes, 1)
         elif node.op_type == "GroupQueryAttention" and head_dim % 16 == 0 and _is_plain(node):
             inputs = [value for value in node.inputs[: _SINES + 1] if value is not None]
             attributes = {name: node.attributes[name] for name in ATTENTION_ATTRIBUTES if name in node.attributes}
             attributes.setdefault("scale", ir.AttrFloat32("scale", 0.0))
-            _replace(graph, node, "RotaryAttention", inputs, attributes, {0: 0, 1: 1, 2: 2})
+            _replace(graph, node, "RotaryAttention", inputs, attributes, 3)
     sweep(graph)
     for node in list(graph):
         if node.op_type == "SkipSimplifiedLayerNormalization":
             _fuse_norm(graph, node)
     sweep(graph)
+    graph.sort()  # a fused norm lies where its last product was
     complete(model)
     ir.save(model, path)
 
@@ -57,7 +58,8 @@ def _is_plain(node: ir.Node) -> bool:
     has = [value is not None for value in inputs]
     for name, wanted in _PLAIN.items():
         found = node.attributes.get(name)
-        if (found.value if found is not None else _PLAIN[name] if name != "do_rotary" else 0) != wanted:
+        absent = 0 if name == "do_rotary" else wanted
+        if (found.value if found is not None else absent) != wanted:
             return False
     others = set(node.attributes) - {*_PLAIN, *ATTENTION_ATTRIBUTES}
     if others or past is None or past.dtype != ir.DataType.FLOAT or len(inputs) <= _SINES:
@@ -114,12 +116,12 @@ def _replace(
     kind: str,
     inputs: Sequence[ir.Value | None],
     attributes: dict[str, ir.Attr],
-    outputs: dict[int, int],
+    outputs: int,
 ) -> None:
-    new = ir.node(kind, inputs, attributes, domain=DOMAIN, num_outputs=len(outputs))
+    new = ir.node(kind, inputs, attributes, domain=DOMAIN, num_outputs=outputs)
     graph.insert_before(node, new)
-    for old, number in outputs.items():
-        _take_over(new.outputs[number], node.outputs[old])
+    for number in range(outputs):
+        _take_over(new.outputs[number], node.outputs[number])
 
 
 def _take_over(new: ir.Value, old: ir.Value) -> None:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 OFF = "FLINK_LLM_KERNELS"
 """An environment variable: `off` leaves them out, to compare."""
+_BUT_BYTES = 2
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +36,8 @@ def state() -> str:
         usable = ctypes.CDLL(path).flink_llm_kernels_usable()
     except (OSError, AttributeError) as error:
         return f"cannot be loaded, models run slower on a CPU: {error}"
+    if usable == _BUT_BYTES:
+        return "in use, but for products of bytes, which ONNX Runtime has by AMX"
     return "in use" if usable else "not for this processor, which lacks AVX-512 or its VNNI"
 
 

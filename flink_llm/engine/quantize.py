@@ -94,7 +94,6 @@ class _Rewriter:
         self._step = self._constant("w8a8/step", np.array(1 / LEVELS, np.float32))
         self._one = self._constant("w8a8/one", np.array(1, np.float32))
         self._last = self._constant("w8a8/last", np.array([-1], np.int64))
-        self._weights_zero = self._constant("w8a8/weights_zero", np.array(0, np.int8)) if self._signed else self._zero
 
     def products(self, x: ir.Value, group: list[_Product], kept: set[ir.Value]) -> int:
         """Rewrites the products of one input; how many."""
@@ -111,7 +110,7 @@ class _Rewriter:
         outputs = []
         for product in group:
             matrix, scales = self._matrix(product)
-            inputs = [row, matrix, self._one, scales, self._zero, self._weights_zero]
+            inputs = [row, matrix, self._one, scales, self._zero, self._zero]
             outputs.append(self._add("Mul", [self._add("MatMulIntegerToFloat", inputs, CONTRIB), largest]))
         self._place(group[0].node)
         for product, output in zip(group, outputs, strict=True):

@@ -4,7 +4,9 @@
 // built, or the processor lacks what it needs, those run.
 #include <cpuid.h>
 
+#include <atomic>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -24,7 +26,7 @@ bool usable() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-// Its product of bytes is ONNX Runtime's to use: from a dozen rows on it is faster than what is here.
+// Products of bytes are left to ONNX Runtime there, which has them by AMX (not measured beside these).
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
@@ -57,7 +59,34 @@ class Scratch {
 };
 thread_local Scratch scratch, panels;
 
+constexpr char kNoMemory[] = "Failed to allocate memory for a kernel";
+
+// task(0) to task(count - 1), by the session's threads. No exception may reach those.
+template <typename F>
+ort::Status* share(const ort::Api& api, ort::KernelContext* context, int64_t count, const F& task) {
+  struct Call {
+    const F* task;
+    std::atomic<bool> failed{false};
+  } call{&task};
+  const auto run = [](void* data, size_t i) {
+    auto* call = static_cast<Call*>(data);
+    try {
+      (*call->task)(static_cast<int64_t>(i));
+    } catch (const std::bad_alloc&) {
+      call->failed = true;
+    }
+  };
+  TRY(api.parallel(context, run, static_cast<size_t>(count), &call));
+  return call.failed ? api.fail(kNoMemory) : nullptr;
+}
+
 struct Array {
+  int64_t count() const {
+    int64_t product = 1;
+    for (const int64_t size : sizes) product *= size;
+    return product;
+  }
+
   const void* data = nullptr;
   std::vector<int64_t> sizes;
   template <typename T>
@@ -138,8 +167,8 @@ struct Product {
     if (count == 0) return nullptr;
     prepare(&work);
     if (count >= kRowsShared) {
-      const auto task = [](void* w, size_t i) { static_cast<Work*>(w)->rows_of(i * kRowsOfTask, kRowsOfTask); };
-      TRY(api.parallel(context, task, (count + kRowsOfTask - 1) / kRowsOfTask, &work));
+      const auto task = [&work](int64_t i) { work.rows_of(i * kRowsOfTask, kRowsOfTask); };
+      TRY(share(api, context, (count + kRowsOfTask - 1) / kRowsOfTask, task));
     } else {
       work.rows_of(0, count);
     }
@@ -149,8 +178,7 @@ struct Product {
     work.share = up((columns + tasks - 1) / tasks, count >= kRowsTurned ? kPanel<Matrix> : kColumns);
     tasks = 0;
     for (int64_t i = 0; i < made; i++) tasks += work.shares(i);
-    const auto task = [](void* w, size_t i) { static_cast<Work*>(w)->columns_of(i); };
-    return api.parallel(context, task, tasks, &work);
+    return share(api, context, tasks, [&work](int64_t i) { work.columns_of(i); });
   }
 
  private:
@@ -228,8 +256,9 @@ ort::Status* add(Eight* to, const ort::KernelInfo* info, size_t number) {
   Array weights, scales;
   TRY(constant(to->api, info, number, &weights));
   TRY(constant(to->api, info, number + 1, &scales));
-  if (weights.sizes.size() != 2 || scales.sizes != std::vector<int64_t>{weights.sizes[0]} ||
-      (to->inputs && to->inputs != weights.sizes[1])) {
+  const auto& sizes = weights.sizes;
+  if (sizes.size() != 2 || sizes[0] < 1 || sizes[1] < 1 || scales.sizes != std::vector<int64_t>{sizes[0]} ||
+      (!to->matrices.empty() && to->inputs != sizes[1])) {
     return to->api.fail("a matrix is [columns, inputs] and has a scale for each column");
   }
   const int64_t columns = weights.sizes[0];
@@ -247,14 +276,15 @@ ort::Status* add(Four* to, const ort::KernelInfo* info, size_t number) {
   int64_t inputs = 0;
   TRY(to->api.attribute(info, "K", &inputs));
   const auto& sizes = weights.sizes;
-  if (sizes.size() != 3) return to->api.fail("a matrix of four bits is [columns, blocks, bytes]");
+  if (sizes.size() != 3 || sizes[0] < 1 || inputs < 1) {
+    return to->api.fail("a matrix of four bits is [columns, blocks, bytes]");
+  }
   const int64_t block = sizes[2] * 2;
-  if (block % 64 || sizes[1] != (inputs + block - 1) / block) {
+  if (block < 64 || block % 64 || sizes[1] != (inputs - 1) / block + 1) {
     return to->api.fail("blocks of four bits are of a multiple of 64");
   }
-  int64_t held = 1;
-  for (const int64_t size : scales.sizes) held *= size;
-  if (held != sizes[0] * sizes[1]) return to->api.fail("a matrix of four bits has a scale for each block");
+  if (scales.count() != sizes[0] * sizes[1]) return to->api.fail("a matrix of four bits has a scale for each block");
+  if (!to->matrices.empty() && block != to->matrices[0].block) return to->api.fail("gate and up have different blocks");
   to->inputs = inputs;
   to->matrices.push_back({weights.as<uint8_t>(), scales.as<float>(), sizes[0], sizes[1], block});
   return nullptr;
@@ -294,11 +324,14 @@ struct Attention {
     for (size_t i = 0; i < 7; i++) TRY(read(api, context, i, inputs[i]));
     Work work{};
     work.shape = shape;
-    work.shape.size = keys.sizes.size() == 4 ? keys.sizes[3] : 0;
+    if (given.sizes.size() != 3 || keys.sizes.size() != 4 || keys.sizes != values.sizes || cosines.sizes.size() != 2 ||
+        cosines.sizes != sines.sizes || total.count() != 1) {
+      return api.fail("the inputs of an attention do not fit together");
+    }
+    work.shape.size = keys.sizes[3];
     work.wide = (shape.heads + 2 * shape.kv_heads) * work.shape.size;
-    if (given.sizes.size() != 3 || given.sizes[2] != work.wide || keys.sizes != values.sizes ||
-        keys.sizes[0] != given.sizes[0] || keys.sizes[1] != shape.kv_heads || work.shape.size % attention::kWide ||
-        cosines.sizes.size() != 2 || cosines.sizes != sines.sizes || lengths.sizes[0] != given.sizes[0]) {
+    if (given.sizes[2] != work.wide || work.shape.size < 1 || work.shape.size % attention::kWide ||
+        keys.sizes[0] != given.sizes[0] || keys.sizes[1] != shape.kv_heads || lengths.count() != given.sizes[0]) {
       return api.fail("the inputs of an attention do not fit together");
     }
     if (shape.scale == 0) work.shape.scale = 1.0f / std::sqrt(static_cast<float>(work.shape.size));
@@ -315,7 +348,7 @@ struct Attention {
       return api.fail("the rotation of an attention is for other positions");
     }
     for (int64_t row = 0; row < rows; row++) {
-      if (work.past(row) < 0 || work.past(row) + work.queries > work.places) {
+      if (work.past(row) < 0 || work.past(row) > held || work.past(row) + work.queries > longest) {
         return api.fail("an attention's lengths do not fit its cache");
       }
     }
@@ -330,21 +363,17 @@ struct Attention {
     if (rows == 0 || work.queries == 0) return nullptr;
     const int64_t heads = rows * shape.kv_heads;
     if (work.queries == 1) {  // what is appended is read by its own task alone
-      const auto task = [](void* w, size_t i) { static_cast<Work*>(w)->append(i), static_cast<Work*>(w)->attend(i, 0, 1); };
-      if (heads * longest <= kAlone) {
-        for (int64_t head = 0; head < heads; head++) task(&work, head);
-        return nullptr;
-      }
-      return api.parallel(context, task, heads, &work);
+      const auto task = [&work](int64_t head) { work.append(head), work.attend(head, 0, 1); };
+      if (heads * longest > kAlone) return share(api, context, heads, task);
+      for (int64_t head = 0; head < heads; head++) task(head);
+      return nullptr;
     }
-    TRY(api.parallel(context, [](void* w, size_t i) { static_cast<Work*>(w)->append(i); }, heads, &work));
+    TRY(share(api, context, heads, [&work](int64_t head) { work.append(head); }));
     work.shares = (work.queries + kQueriesOfTask - 1) / kQueriesOfTask;
-    const auto task = [](void* w, size_t i) {
-      const auto* work = static_cast<Work*>(w);
-      const int64_t from = static_cast<int64_t>(i) % work->shares * kQueriesOfTask;
-      work->attend(i / work->shares, from, from + kQueriesOfTask < work->queries ? from + kQueriesOfTask : work->queries);
-    };
-    return api.parallel(context, task, heads * work.shares, &work);
+    return share(api, context, heads * work.shares, [&work](int64_t i) {
+      const int64_t from = i % work.shares * kQueriesOfTask, until = from + kQueriesOfTask;
+      work.attend(i / work.shares, from, until < work.queries ? until : work.queries);
+    });
   }
 
  private:
@@ -412,7 +441,7 @@ ort::Status* create_attention(const ort::Operator*, const void* const* table, co
   TRY(kernel->api.attribute(info, "num_heads", &kernel->shape.heads));
   TRY(kernel->api.attribute(info, "kv_num_heads", &kernel->shape.kv_heads));
   TRY(kernel->api.attribute(info, "scale", &kernel->shape.scale));
-  if (kernel->shape.kv_heads < 1 || kernel->shape.heads % kernel->shape.kv_heads) {
+  if (kernel->shape.kv_heads < 1 || kernel->shape.heads < 1 || kernel->shape.heads % kernel->shape.kv_heads) {
     return kernel->api.fail("heads of queries are a multiple of those of keys");
   }
   *made = kernel.release();
@@ -430,7 +459,13 @@ ort::Operator describe(const char* (*name)(const ort::Operator*)) {
   op.input_kind = [](const ort::Operator*, size_t) { return 0; };
   op.output_kind = [](const ort::Operator*, size_t) { return 0; };
   op.input_memory = [](const ort::Operator*, size_t) { return 0; };
-  op.compute = [](void* kernel, ort::KernelContext* context) { return static_cast<Kernel*>(kernel)->run(context); };
+  op.compute = [](void* kernel, ort::KernelContext* context) {
+    try {
+      return static_cast<Kernel*>(kernel)->run(context);
+    } catch (const std::bad_alloc&) {
+      return static_cast<Kernel*>(kernel)->api.fail(kNoMemory);
+    }
+  };
   op.since = [](const ort::Operator*) { return 1; };
   op.until = [](const ort::Operator*) { return 0x7fffffff; };
   return op;
@@ -462,7 +497,9 @@ ort::Operator describe_attention(const char* (*name)(const ort::Operator*)) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int flink_llm_kernels_usable() { return usable(); }
+extern "C" __attribute__((visibility("default"))) int flink_llm_kernels_usable() {
+  return usable() ? has_amx() ? 2 : 1 : 0;
+}
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                                   const ort::ApiBase* base) {

@@ -1,6 +1,7 @@
 // Products of many rows: a panel of columns is turned once, so that sixteen of them lie in one register, and all rows go
 // through it. The numbers are those of `products.h`, to the bit.
 #pragma once
+#include <type_traits>
 
 #include "products.h"
 
@@ -94,15 +95,15 @@ inline void by_panel(const RowBytes& rows, int64_t row, const Bytes& of, int64_t
   const uint8_t* x = rows.bytes + row * rows.wide;
   for (int64_t k = 0; k < rows.wide; k += 4) {
     const int8_t* from = panel + k * kPanel<Bytes>;
-    const __m512i first = _mm512_load_si512(from), second = _mm512_load_si512(from + kWide);
-    const __m512i third = _mm512_load_si512(from + 2 * kWide), fourth = _mm512_load_si512(from + 3 * kWide);
+    const __m512i one = _mm512_load_si512(from), two = _mm512_load_si512(from + kWide);
+    const __m512i three = _mm512_load_si512(from + 2 * kWide), other = _mm512_load_si512(from + 3 * kWide);
     if (next) _mm_prefetch(next + k * (kWide / 4), _MM_HINT_T0);
     EACH_ROW {
       const __m512i given = four(x + r * rows.wide + k);
-      a[r] = _mm512_dpbusd_epi32(a[r], given, first);
-      b[r] = _mm512_dpbusd_epi32(b[r], given, second);
-      c[r] = _mm512_dpbusd_epi32(c[r], given, third);
-      d[r] = _mm512_dpbusd_epi32(d[r], given, fourth);
+      a[r] = _mm512_dpbusd_epi32(a[r], given, one);
+      b[r] = _mm512_dpbusd_epi32(b[r], given, two);
+      c[r] = _mm512_dpbusd_epi32(c[r], given, three);
+      d[r] = _mm512_dpbusd_epi32(d[r], given, other);
     }
   }
   __m512i sums[kParts<Bytes>][R];
@@ -131,13 +132,13 @@ inline void by_panel(const RowBlocks& rows, int64_t row, const Blocks& of, int64
     __m512i a[R], b[R];
     EACH_ROW a[r] = b[r] = _mm512_setzero_si512();
     for (int64_t k = block * of.block; k < (block + 1) * of.block; k += 4) {
-      const __m512i first = _mm512_load_si512(panel + k * kPanel<Blocks>);
-      const __m512i second = _mm512_load_si512(panel + k * kPanel<Blocks> + kWide);
+      const __m512i one = _mm512_load_si512(panel + k * kPanel<Blocks>);
+      const __m512i two = _mm512_load_si512(panel + k * kPanel<Blocks> + kWide);
       if (next) _mm_prefetch(next + k * (kWide / 4), _MM_HINT_T0);
       EACH_ROW {
         const __m512i given = four(x + r * rows.blocks * of.block + k);
-        a[r] = _mm512_dpbusd_epi32(a[r], first, given);
-        b[r] = _mm512_dpbusd_epi32(b[r], second, given);
+        a[r] = _mm512_dpbusd_epi32(a[r], one, given);
+        b[r] = _mm512_dpbusd_epi32(b[r], two, given);
       }
     }
     const float* scales = of.scales + column * of.blocks + block;

@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
@@ -21,7 +20,6 @@ namespace products {
 constexpr int64_t kWide = 64;    // bytes in a register
 constexpr int64_t kColumns = 4;  // of a tile
 constexpr int64_t kRows = 4;     // of a tile, at most
-constexpr int64_t kRowsInCache = 128;
 
 inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
@@ -60,7 +58,7 @@ inline float largest(const float* x, int64_t count) {
 
 // exp, to some 2 units in the last place: 2^n times a polynomial of the rest (Cephes).
 inline __m512 exponential(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
+  x = _mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));  // in this order NaN stays NaN
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -141,7 +139,7 @@ inline void middles(const int8_t* weights, int64_t columns, int64_t inputs, int3
   }
 }
 
-// Memory is quickest where it is read in its order, so a single row goes column by column; and several, which go
+// Memory is quickest where it is read in its order, so a single row goes column by column; several, which go
 // through four columns at once, meanwhile fetch the next four's in their order: `Fetch` quarters of them, after `done`.
 template <int R, int Fetch>
 inline void tile(const RowBytes& rows, int64_t row, const Bytes& of, int64_t column, int done, __m128 (&to)[kRows]) {
@@ -315,21 +313,18 @@ inline void place(const Rows& rows, int64_t row, const Matrix& of, const Matrix*
 template <typename Rows, typename Matrix>
 inline void columns(const Rows& rows, int64_t count, const Matrix& of, const Matrix* other, int64_t begin, int64_t end,
                     float* to) {
-  for (int64_t from = 0; from < count; from += kRowsInCache) {
-    const int64_t until = from + kRowsInCache < count ? from + kRowsInCache : count;
-    const int64_t tiles = (until - from + kRows - 1) / kRows;
-    for (int64_t column = begin; column < end; column += kColumns) {
-      int done = 0;
-      for (int64_t row = from; row < until; row += kRows) {
-        const int fetch = done == 4 ? 0 : tiles == 1 ? 4 : tiles == 2 ? 2 : 1;
-        const int64_t left = until - row;
+  const int64_t tiles = (count + kRows - 1) / kRows;
+  for (int64_t column = begin; column < end; column += kColumns) {
+    int done = 0;
+    for (int64_t row = 0; row < count; row += kRows) {
+      const int fetch = done == 4 ? 0 : tiles == 1 ? 4 : tiles == 2 ? 2 : 1;
+      const int64_t left = count - row;
 #define PLACE(R, F) place<R, F>(rows, row, of, other, column, end, done, to)
 #define EITHER(R) (fetch == 4 ? PLACE(R, 4) : fetch == 2 ? PLACE(R, 2) : fetch == 1 ? PLACE(R, 1) : PLACE(R, 0))
-        left >= 4 ? EITHER(4) : left == 3 ? EITHER(3) : left == 2 ? EITHER(2) : EITHER(1);
+      left >= 4 ? EITHER(4) : left == 3 ? EITHER(3) : left == 2 ? EITHER(2) : EITHER(1);
 #undef EITHER
 #undef PLACE
-        done += fetch;
-      }
+      done += fetch;
     }
   }
 }
