@@ -126,7 +126,7 @@ def by_blocks(x: np.ndarray, weights: np.ndarray, scales: np.ndarray, block: int
     count=rows,
     inputs=st.integers(1, 300),
     columns=sizes,
-    block=st.sampled_from([64, 128, 256]),
+    block=st.sampled_from([128, 256]),
     seed=st.integers(0, 99),
 )
 def test_products_in_four_bits_are_what_they_say(count: int, inputs: int, columns: int, block: int, seed: int) -> None:
@@ -157,11 +157,11 @@ def test_a_norm_and_its_products_are_near_the_function(kind: str, count: int, co
         made = (
             in_bytes(seed + number, columns, inputs)
             if "Row" in kind
-            else in_blocks(seed + number, columns, inputs, block=64)
+            else in_blocks(seed + number, columns, inputs, block=128)
         )
         weights[f"w{number}"], weights[f"s{number}"] = made
     if "Block" in kind:
-        own |= dict(zip(BLOCK_ATTRIBUTES, (inputs, columns, 4, 64, 4), strict=True))
+        own |= dict(zip(BLOCK_ATTRIBUTES, (inputs, columns, 4, 128, 4), strict=True))
     graph = Graph(kind, weights, {"x": (3, FLOAT), "skip": (3, FLOAT), "gain": (1, FLOAT)}, 2, **own)
     x, skip = numbers(seed, 1, count, inputs), numbers(seed + 1, 1, count, inputs)
 
@@ -235,8 +235,8 @@ def test_an_attention_is_near_the_function(
 @needs_kernels
 def test_a_row_does_not_feel_the_others_nor_how_many_they_are() -> None:
     weights, scales = in_bytes(1, 24, 200)
-    blocks, of_blocks = in_blocks(1, 24, 200, 64)
-    own = dict(zip(BLOCK_ATTRIBUTES, (200, 24, 4, 64, 4), strict=True))
+    blocks, of_blocks = in_blocks(1, 24, 200, 128)
+    own = dict(zip(BLOCK_ATTRIBUTES, (200, 24, 4, 128, 4), strict=True))
     graphs = [
         Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1),
         Graph("BlockLinear", {"w": blocks, "s": of_blocks}, {"x": (3, FLOAT)}, 1, **own),
@@ -325,9 +325,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ("SkipGatedRowLinear", in_bytes(1, 64, 0), in_bytes(1, 64, 50), "a scale for each column"),
         ("RowLinear2", in_bytes(1, 64, 50), in_bytes(1, 64, 51), "a scale for each column"),
         ("RowLinear2", in_bytes(1, 0, 8), in_bytes(1, 0, 8), "a scale for each column"),
-        ("SkipGatedBlockLinear", in_blocks(1, 8, 100, 64), in_blocks(1, 8, 100, 6400), "different blocks"),
-        ("SkipGatedBlockLinear", in_blocks(1, 8, 100, 32), in_blocks(1, 8, 100, 32), "multiple of 64"),
-        ("SkipGatedBlockLinear", in_blocks(1, 8, 100, 64), in_blocks(1, 9, 100, 64), "of different sizes"),
+        ("SkipGatedBlockLinear", in_blocks(1, 8, 100, 128), in_blocks(1, 8, 100, 6400), "different blocks"),
+        ("SkipGatedBlockLinear", in_blocks(1, 8, 100, 64), in_blocks(1, 8, 100, 64), "multiple of 128"),
+        ("SkipGatedBlockLinear", in_blocks(1, 8, 100, 128), in_blocks(1, 9, 100, 128), "of different sizes"),
     ],
 )
 def test_matrices_that_do_not_fit_are_refused_at_the_load(kind: str, first: Any, second: Any, text: str) -> None:
@@ -340,7 +340,7 @@ def test_matrices_that_do_not_fit_are_refused_at_the_load(kind: str, first: Any,
         inputs |= {"skip": (3, FLOAT), "gain": (1, FLOAT)}
         own["epsilon"] = 1e-6
     if "Block" in kind:
-        own |= dict(zip(BLOCK_ATTRIBUTES, (100, 8, 4, 64, 4), strict=True))
+        own |= dict(zip(BLOCK_ATTRIBUTES, (100, 8, 4, 128, 4), strict=True))
     with pytest.raises(Exception, match=text):
         Graph(kind, weights, inputs, 2, **own)
 

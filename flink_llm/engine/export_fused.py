@@ -49,7 +49,7 @@ def _in_four_bits(node: ir.Node) -> bool:
     if None in attributes or any(value is not None for value in node.inputs[3:]):
         return False
     _, _, bits, block, accuracy = (attribute.as_int() for attribute in attributes if attribute is not None)
-    return bits == 4 and block % 64 == 0 and accuracy == 4  # products of bytes, as a kernel's are
+    return bits == 4 and block % 128 == 0 and accuracy == 4  # products of bytes, as a kernel's are
 
 
 def _is_plain(node: ir.Node) -> bool:

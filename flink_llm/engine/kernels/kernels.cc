@@ -280,8 +280,8 @@ ort::Status* add(Four* to, const ort::KernelInfo* info, size_t number) {
     return to->api.fail("a matrix of four bits is [columns, blocks, bytes]");
   }
   const int64_t block = sizes[2] * 2;
-  if (block < 64 || block % 64 || sizes[1] != (inputs - 1) / block + 1) {
-    return to->api.fail("blocks of four bits are of a multiple of 64");
+  if (block < kLevels || block % kLevels || sizes[1] != (inputs - 1) / block + 1) {
+    return to->api.fail("blocks of four bits are of a multiple of 128");
   }
   if (scales.count() != sizes[0] * sizes[1]) return to->api.fail("a matrix of four bits has a scale for each block");
   if (!to->matrices.empty() && block != to->matrices[0].block) return to->api.fail("gate and up have different blocks");

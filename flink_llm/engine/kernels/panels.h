@@ -52,7 +52,9 @@ inline __m512i bytes_of(const Bytes& of, int64_t column, int64_t k) {
 }
 inline __m512i bytes_of(const Blocks& of, int64_t column, int64_t k) {
   if (column >= of.columns) return _mm512_setzero_si512();
-  return unpacked(of.weights + column * of.blocks * of.block / 2 + k / 2);
+  const uint8_t* from = of.weights + (column * of.blocks * of.block + k / kLevels * kLevels) / 2;
+  const __m512i packed = _mm512_loadu_si512(from);
+  return k % kLevels ? odd(packed) : even(packed);
 }
 inline int64_t bytes_of(const Bytes& of) { return of.inputs; }  // a column
 inline int64_t bytes_of(const Blocks& of) { return of.blocks * of.block / 2; }

@@ -203,7 +203,9 @@ inline void tile(const RowBytes& rows, int64_t row, const Bytes& of, int64_t col
 
 // ---- Four bits: a scale for each block of inputs, of a row as of a column.
 
-struct RowBlocks {  // rows in signed bytes, even inputs of each 64 before the odd ones
+constexpr int64_t kLevels = 2 * kWide;  // levels of four bits in a register
+
+struct RowBlocks {  // rows in signed bytes, even inputs of each 128 before the odd ones
   int8_t* bytes;     // [rows, blocks, block]
   int32_t* middles;  // [rows, blocks]: 8 times the sum of a block
   float* scales;     // [rows, blocks]
@@ -211,25 +213,26 @@ struct RowBlocks {  // rows in signed bytes, even inputs of each 64 before the o
 };
 
 inline void to_blocks(const float* x, int64_t row, const RowBlocks& to) {
-  alignas(64) int8_t level[kWide];
+  alignas(64) int8_t level[kLevels];
   for (int64_t b = 0; b < to.blocks; b++) {
     int8_t* bytes = to.bytes + (row * to.blocks + b) * to.block;
     const int64_t left = to.inputs - b * to.block;
     const float most = largest(x + b * to.block, left < to.block ? left : to.block);
     const __m512 turned = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
     __m512i sum = _mm512_setzero_si512();
-    for (int64_t k = 0; k < to.block; k += kWide) {
-      for (int64_t i = 0; i < kWide; i += 16) {
+    for (int64_t k = 0; k < to.block; k += kLevels) {
+      for (int64_t i = 0; i < kLevels; i += 16) {
         const int64_t from = k + i;
         const __mmask16 there = first(left - from > 0 ? left - from : 0);
         const __m512 part = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, x + b * to.block + from), turned);
         _mm_store_si128(reinterpret_cast<__m128i*>(level + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(part)));
       }
-      for (int64_t i = 0; i < kWide / 2; i++) {
+      for (int64_t i = 0; i < kWide; i++) {
         bytes[k + i] = level[2 * i];
-        bytes[k + kWide / 2 + i] = level[2 * i + 1];
+        bytes[k + kWide + i] = level[2 * i + 1];
       }
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(8), _mm512_loadu_si512(bytes + k));
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(8), _mm512_loadu_si512(bytes + k + kWide));
     }
     to.middles[row * to.blocks + b] = _mm512_reduce_add_epi32(sum);
     to.scales[row * to.blocks + b] = most / 127.0f;
@@ -242,12 +245,9 @@ struct Blocks {  // a matrix in four bits around 8, even inputs in the lower one
   int64_t columns, blocks, block;
 };
 
-// 64 levels, the even ones first.
-inline __m512i unpacked(const uint8_t* from) {
-  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(packed), _mm256_srli_epi16(packed, 4), 1);
-  return _mm512_and_si512(both, _mm512_set1_epi8(15));
-}
+// The even ones of 128 levels, or the odd ones.
+inline __m512i even(__m512i packed) { return _mm512_and_si512(packed, _mm512_set1_epi8(15)); }
+inline __m512i odd(__m512i packed) { return even(_mm512_srli_epi16(packed, 4)); }
 
 template <int R, int Fetch>
 inline void tile(const RowBlocks& rows, int64_t row, const Blocks& of, int64_t column, int done, __m128 (&to)[kRows]) {
@@ -266,12 +266,13 @@ inline void tile(const RowBlocks& rows, int64_t row, const Blocks& of, int64_t c
       const uint8_t* w = of.weights + at[c] * length + b * of.block / 2;
       UNROLLED
       for (int r = 0; r < R; r++) sum[r][c] = _mm512_setzero_si512();
-      for (int64_t k = 0; k < of.block; k += kWide) {
-        const __m512i levels = unpacked(w + k / 2);
+      for (int64_t k = 0; k < of.block; k += kLevels) {
+        const __m512i packed = _mm512_loadu_si512(w + k / 2), evens = even(packed), odds = odd(packed);
         UNROLLED
         for (int r = 0; r < R; r++) {
           const int8_t* x = rows.bytes + ((row + r) * rows.blocks + b) * of.block + k;
-          sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], levels, _mm512_loadu_si512(x));
+          sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], evens, _mm512_loadu_si512(x));
+          sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], odds, _mm512_loadu_si512(x + kWide));
         }
       }
     }
