@@ -7,7 +7,7 @@ import pytest
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import export_decoder
 from flink_llm.engine.generation import Model
-from flink_llm.engine.lookup import Costs, Payoff
+from flink_llm.engine.lookup import Costs, Lookup, Payoff
 from flink_llm.engine.settings import HostSettings
 from flink_llm.engine.work import WorkTable
 from tests import tiny
@@ -90,9 +90,41 @@ def test_costs_are_told_in_tokens_of_plain_steps():
     assert not costs.allow(1, 12), "nothing is known of a step yet"
     costs.step(1, 0.010)
     assert costs.allow(1, 1), "nothing is known of a run yet: try"
-    assert costs.run(1, 0.030) == pytest.approx(3)
+    assert costs.run(1, 3, 0.030) == pytest.approx(3)
     assert costs.allow(1, 3)
     assert not costs.allow(1, 2), "two guessed and one more are what three steps bring"
+    assert costs.allow(1, 8), "nothing is known of so long a run"
+    costs.run(1, 12, 0.030)
     costs.step(8, 0.020)
     assert not costs.allow(8, 11), "eight texts make twelve tokens in the time of a run"
     assert costs.allow(8, 12)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 7}, {"repetition_penalty": 1.1}], ids=str)
+@pytest.mark.parametrize("right", [0, 3, 40])
+def test_a_guess_may_be_read_with_the_prompt(folder, monkeypatch, options, right):
+    async def run():
+        backend = OnnxBackend(HostSettings(device="cpu", slots=2, threads=1))
+        table = WorkTable(backend)
+        model = Model(table, "tiny", str(folder))
+        await model.load()
+        monkeypatch.setattr(Lookup, "guess", lambda self, limit=None, least=0: [])
+        asked = dict(prompt="and so it goes", max_tokens=30, **options)
+        plain = await model.generate(**asked, logprobs=0)
+        said = [token.id for token in plain.logprobs]
+        wrong = [(said[right] + 1) % 500] if right < len(said) else []
+        monkeypatch.setattr(
+            Lookup, "guess", lambda self, limit=None, least=0: [*said[:right], *wrong][:limit] if least else []
+        )
+        again = await model.generate(**asked)
+        counted = model_metrics(backend)
+        followed = await model.generate(asked["prompt"] + plain.text, max_tokens=5)  # over what the cache holds by now
+        monkeypatch.setattr(Lookup, "guess", lambda self, limit=None, least=0: [])
+        alone = await model.generate(asked["prompt"] + plain.text, max_tokens=5)
+        await table.close()
+        return plain, again, counted, followed, alone
+
+    plain, again, counted, followed, alone = asyncio.run(run())
+    assert counted["right"] == min(right, 29) and counted["wrong"] == (right < 30), "it was not read with the prompt"
+    assert (again.text, again.finish_reason, again.usage) == (plain.text, plain.finish_reason, plain.usage)
+    assert followed.text == alone.text

@@ -52,6 +52,8 @@ class Decoder:
         self._mask = np.zeros(slots * (manifest.context_length + 1), dtype=np.int64)
         self._logits = np.empty((slots, 1, manifest.vocab_size), dtype=logits_dtype)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._readings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._read_with: dict[tuple[int, int], int] = {}
         self._adapted = np.full(slots, BASE)
         self._bound: dict[tuple[int, int], int] = {}
         mixes = bool(held_twice(manifest, mixed_mb)) and device == "cpu" and slots > 1
@@ -87,15 +89,11 @@ class Decoder:
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
         """Reads `tokens` at position `start` of a slot; logits [vocabulary] after the last of them."""
-        last: NDArray[np.floating[Any]] = self._read(slot, tokens, start, len(tokens) - 1)[-1]
+        last: NDArray[np.floating[Any]] = self.read(slot, tokens, start, len(tokens) - 1)[0]
         return last
 
-    def read(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
-        """As `prefill`; logits [tokens, vocabulary] after each of them."""
-        return self._read(slot, tokens, start, 0)
-
-    def _read(self, slot: int, tokens: Sequence[int], start: int, first: int) -> NDArray[np.floating[Any]]:
-        """Logits after each token from the one numbered `first` on; after more where the graph makes them anyway."""
+    def read(self, slot: int, tokens: Sequence[int], start: int, first: int = 0) -> NDArray[np.floating[Any]]:
+        """As `prefill`; logits [tokens - first, vocabulary] after each of them from the one numbered `first` on."""
         if start == 0:
             self._cache.forget(slot)
         self._cache.use([slot])
@@ -106,15 +104,19 @@ class Decoder:
         logits = np.empty((1, count - int(begin[0]), self.vocabulary), dtype=self._logits.dtype)
         self._run(slot, ids, mask, begin, logits)
         self._lengths[slot] = start + count
-        every: NDArray[np.floating[Any]] = logits[0]
+        every: NDArray[np.floating[Any]] = logits[0, first - int(begin[0]) :]
         return every
 
     def _run(self, first: int, ids: Array, mask: Array, begin: Array, logits: NDArray[np.floating[Any]]) -> None:
-        binding = self._session.io_binding()
+        place = first, first + len(ids)
+        binding = self._readings.get(place)
+        if binding is None:
+            binding = self._readings[place] = self._session.io_binding()
+            self._cache.bind(binding, first=first, rows=len(ids))
         if self._slices:
             bind_input(binding, LOGITS_FROM, begin)
-        self._adapters.bind(binding, self._adapted[first : first + len(ids)])
-        self._cache.bind(binding, first=first, rows=len(ids))
+        bound = self._read_with.get(place, BASE)
+        self._read_with[place] = self._adapters.bind(binding, self._adapted[first : place[1]], bound)
         bind_input(binding, "input_ids", ids)
         bind_input(binding, "attention_mask", mask)
         bind_output(binding, "logits", logits)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flink_llm.engine.aside import Aside
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.job import Job, Said
-from flink_llm.engine.lookup import GUESS, Costs, Lookup, Payoff
+from flink_llm.engine.lookup import CERTAIN, GUESS, Costs, Lookup, Payoff
 from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.preparing import Prepared, Preparing
@@ -140,12 +140,19 @@ class Decoding:
         began = time.monotonic()
         if start == entry.shared:
             self._begin(entry, began)
+        guess = self._guess_beyond(entry) if start + count == len(entry.prompt) else []
+        tokens = [*entry.prompt[start : start + count], *guess]
         try:
-            logits = self._decoder.prefill(_slot(entry), entry.prompt[start : start + count], start)
+            logits = self._decoder.read(_slot(entry), tokens, start, count - 1)
         except Exception as error:  # its prompt's, whatever it is: the others go on
             return self._fail(entry, error, said)
-        self._meter.read(count, time.monotonic() - began, start)
-        self._have_read(entry, count, logits, said)
+        self._meter.read(len(tokens), time.monotonic() - began, start)
+        if not guess:
+            return self._have_read(entry, count, logits[0], said)
+        self._scheduler.advance(entry, count)
+        entry.item.job.metrics.read(count)
+        cost = self._costs.tokens(1, self._meter.tempo.token_s * len(guess))
+        self._accept(entry, logits, guess, cost, said)
 
     def _begin(self, entry: Entry[_Generation], at: float) -> None:
         entry.item.sequence.began = at
@@ -217,37 +224,64 @@ class Decoding:
         return True
 
     def _guess(self, entry: Entry[_Generation], size: int) -> list[int]:
-        one, sequence = entry.item, entry.item.sequence
         if not self._settings.speculation or not self._costs.allow(size, GUESS):
             return []
-        if one.lookup is None:
-            one.lookup = Lookup([*sequence.prompt, *sequence.tokens])
-        if not one.payoff.worth_it():
+        lookup, room = self._lookup(entry), self._room(entry)
+        if room <= 0 or not entry.item.payoff.worth_it():
             return []
-        room = min(sequence.options.max_tokens, self._context - len(sequence.prompt)) - sequence.count - 1
-        guess = one.lookup.guess(min(GUESS, room)) if room > 0 else []
+        guess = lookup.guess(room)
         return guess if self._costs.allow(size, len(guess)) else []
+
+    def _guess_beyond(self, entry: Entry[_Generation]) -> list[int]:
+        """What a reply may begin with, to be read with the last of its prompt: of a question that was asked before."""
+        tempo, room = self._meter.tempo, self._room(entry)
+        if not self._settings.speculation or self._scheduler.decoding or room <= 0 or tempo.step_s <= tempo.token_s:
+            return []
+        return self._lookup(entry).guess(room, CERTAIN)
+
+    def _lookup(self, entry: Entry[_Generation]) -> Lookup:
+        one = entry.item
+        if one.lookup is None:
+            one.lookup = Lookup([*one.sequence.prompt, *one.sequence.tokens], self._preparing.ends)
+        return one.lookup
+
+    def _room(self, entry: Entry[_Generation]) -> int:
+        """Tokens of a guess at most: the run that reads them yields one more."""
+        sequence = entry.item.sequence
+        return min(sequence.options.max_tokens, self._context - len(sequence.prompt)) - sequence.count - 1
 
     def _verify(self, entry: Entry[_Generation], guess: list[int], size: int, said: Said) -> None:
         """Reads a guess in one run, and takes of it what the model would have said one by one."""
-        one, sequence, slot = entry.item, entry.item.sequence, _slot(entry)
-        read = [sequence.last, *guess]
+        sequence = entry.item.sequence
         start = len(sequence.prompt) + sequence.count - 1
         began = time.monotonic()
         try:
-            logits = self._decoder.read(slot, read, start)
+            logits = self._decoder.read(_slot(entry), [sequence.last, *guess], start)
         except Exception as error:
             return self._fail(entry, error, said)
         self.metrics.step(1)
-        cost = self._costs.run(size, time.monotonic() - began)
+        cost = self._costs.run(size, len(guess), time.monotonic() - began)
+        self._scheduler.decoded(entry, sequence.last)
+        self._accept(entry, logits, guess, cost, said)
+
+    def _accept(
+        self, entry: Entry[_Generation], logits: NDArray[np.floating[Any]], guess: list[int], cost: float, said: Said
+    ) -> None:
+        """Takes of a guess what is right, and the token behind: from logits [guess + 1, vocabulary]."""
+        one, sequence, slot = entry.item, entry.item.sequence, _slot(entry)
+        start, count = len(sequence.prompt) + sequence.count, len(logits)
+        chosen = sample(logits, [*range(count)], [sequence.options] * count, [0] * count) if sequence.greedy else []
         right = 0
-        for row, token, guessed in zip(logits, read, [*guess, None], strict=True):
-            self._scheduler.decoded(entry, token)
-            self._next(entry, row, said)
+        for number, guessed in enumerate([*guess, None]):
+            if chosen:
+                self._take(entry, chosen[number], said)
+            else:
+                self._next(entry, logits[number], said)
             if entry.gone or sequence.last != guessed:
                 break
+            self._scheduler.decoded(entry, sequence.last)
             right += 1
-        self._decoder.cut(slot, start + right + 1)
+        self._decoder.cut(slot, start + right)
         one.payoff.record(right, cost)
         self.metrics.guess(right, len(guess) - right)
 

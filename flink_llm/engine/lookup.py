@@ -1,20 +1,23 @@
 """Speculation without a second model: what stood behind these tokens before may stand behind them again.
 
 Prompt lookup decoding (Saxena 2023, "Prompt Lookup Decoding"): grounded replies quote their prompt, so
-the tokens after the latest earlier occurrence of the last few are a good guess. Verifying a guess costs
-one longer run; whether that pays is measured as it goes, and where it does not, guessing pauses.
+the tokens after the latest earlier occurrence of the last few are a good guess; the more agree, the longer
+it is (Oliaro et al. 2024, "SuffixDecoding"). Verifying a guess costs one longer run; whether that pays is
+measured as it goes, and where it does not, guessing pauses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import takewhile
 
 import numpy as np
 
 from flink_llm.engine.pace import smoothed
 
-LONGEST, SHORTEST = 4, 2
-"""Tokens that must agree for a guess, tried from the longest."""
-GUESS = 12
-"""Tokens of one guess at most."""
+AGREE = {32: 64, 16: 32, 8: 16, 4: 12, 3: 12, 2: 8}
+"""Tokens that must agree for a guess, tried from the most, and how many are guessed then at most."""
+GUESS = min(AGREE.values())
+CERTAIN = 8
+"""So many agree by chance, or for the sake of a template, so seldom that the guess may be read with the prompt."""
 TRIAL, PAUSE = 3, 32
 """After so many guesses in a row that did not pay, how many tokens go by without one."""
 REACH = 16_384
@@ -24,22 +27,29 @@ WIDTH = 4
 
 
 class Lookup:
-    """The tokens of one text, searched as bytes: a search backwards is cheaper than keeping an index."""
+    """The tokens of one text, searched as bytes: a search backwards is cheaper than keeping an index.
 
-    def __init__(self, tokens: Sequence[int]) -> None:
+    Nothing is guessed from one of `ends` on: a reply that says it is over.
+    """
+
+    def __init__(self, tokens: Sequence[int], ends: Collection[int] = ()) -> None:
         self._text = bytearray(np.asarray(tokens[-REACH:], "<u4").tobytes())
+        self._ends = ends
 
     def add(self, token: int) -> None:
         """The text goes on."""
         self._text += token.to_bytes(WIDTH, "little")
 
-    def guess(self, limit: int = GUESS) -> list[int]:
-        """What may come next, at most `limit` tokens; empty where nothing is known."""
-        for size in range(LONGEST, SHORTEST - 1, -1):
-            end = self._before(size * WIDTH)
+    def guess(self, limit: int | None = None, least: int = 0) -> list[int]:
+        """What may come next before an end, at most `limit` tokens; empty where nothing is known, or fewer than
+        `least` agree.
+        """
+        for size, most in AGREE.items():
+            end = self._before(size * WIDTH) if size >= least else None
             if end is not None:
-                found = self._text[end : end + limit * WIDTH]
-                return list(np.frombuffer(found, "<u4").tolist())
+                count = most if limit is None else min(limit, most)
+                found = np.frombuffer(self._text[end : end + count * WIDTH], "<u4").tolist()
+                return list(takewhile(lambda token: token not in self._ends, found))
         return []
 
     def _before(self, length: int) -> int | None:
@@ -87,20 +97,22 @@ class Costs:
 
     def __init__(self) -> None:
         self._steps: dict[int, float] = {}
-        self._run: float | None = None
+        self._runs: dict[int, float] = {}  # by the guess's length, within a factor of two
 
     def step(self, size: int, seconds: float) -> None:
         """A plain step of `size` texts."""
         self._steps[size] = smoothed(self._steps.get(size), seconds)
 
-    def run(self, size: int, seconds: float) -> float:
+    def run(self, size: int, guessed: int, seconds: float) -> float:
         """A guess's run while `size` texts decoded; how many tokens plain steps would have made meanwhile."""
-        self._run = smoothed(self._run, seconds)
-        return self._tokens(size, seconds)
+        length = guessed.bit_length()
+        self._runs[length] = smoothed(self._runs.get(length), seconds)
+        return self.tokens(size, seconds)
 
     def allow(self, size: int, guessed: int) -> bool:
         """Whether a guess of so many tokens can pay if it is right, as far as is known."""
-        return size in self._steps and guessed + 1 > self._tokens(size, self._run or 0.0)
+        return size in self._steps and guessed + 1 > self.tokens(size, self._runs.get(guessed.bit_length(), 0.0))
 
-    def _tokens(self, size: int, seconds: float) -> float:
+    def tokens(self, size: int, seconds: float) -> float:
+        """How many tokens plain steps of `size` texts make in so many seconds; 0 where that is not known."""
         return seconds * size / self._steps[size] if self._steps.get(size) else 0.0

@@ -7,6 +7,7 @@ draw is an inverse transform over the candidates' rising numbers.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,15 +39,19 @@ def sample(logits: Logits, rows: list[int], options: list[Options], positions: l
 
     `positions` counts the tokens a request has been given.
     """
+    if not rows:
+        return []
+    first = min(rows)
+    best = logits[first : max(rows) + 1].argmax(axis=-1)  # of a row the first NaN, if there is one
     return [
-        _choose(logits[row], option, position) for row, option, position in zip(rows, options, positions, strict=True)
+        _choose(logits[row], int(best[row - first]), option, position)
+        for row, option, position in zip(rows, options, positions, strict=True)
     ]
 
 
-def _choose(row: Logits, option: Options, position: int) -> int | None:
+def _choose(row: Logits, top: int, option: Options, position: int) -> int | None:
     try:
-        top = int(row.argmax())  # the first NaN, if there is one
-        if not np.isfinite(row[top]):
+        if not math.isfinite(row[top]):
             return None
         return top if option.temperature == 0 else _draw(row, option, position)
     except Exception:  # one row's, whatever it is: the others of the step have theirs

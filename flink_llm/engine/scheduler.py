@@ -148,6 +148,11 @@ class Scheduler(Generic[T]):
         """Requests with a slot."""
         return len(self._running)
 
+    @property
+    def decoding(self) -> int:
+        """Requests that decoded when the latest plan was made."""
+        return len(self._decoding)
+
     def held(self, busy: bool) -> int:
         """Tokens in slots that are busy, or in those that are free and kept for reuse. May be asked by any thread."""
         return self._slots.tokens(busy)

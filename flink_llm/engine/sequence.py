@@ -59,6 +59,12 @@ class Sequence:
         """The latest token, the prompt's before there is one of the reply."""
         return self.tokens[-1] if self.tokens else self.prompt[-1]
 
+    @property
+    def greedy(self) -> bool:
+        """Whether its next token is the largest of the logits as they are."""
+        untouched = self._logprobs is None and self._penalties is None and self._grammar is None
+        return untouched and self.options.temperature == 0
+
     def weigh(self, logits: NDArray[np.floating[Any]]) -> None:
         """Changes [vocabulary] by the reply's penalties, and leaves in it what its grammar allows next."""
         if self._logprobs is not None:

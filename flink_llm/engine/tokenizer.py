@@ -1,7 +1,8 @@
 """Text to tokens and back. A user's text never becomes a special token, and no character is cut."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as HfTokenizer
@@ -11,6 +12,10 @@ from flink_llm.errors import ModelFolderError
 REPLACEMENT = "\ufffd"
 WINDOW = 8
 """Tokens decoded together: a character of UTF-8 has at most four bytes, each at most one token."""
+
+
+TURNS, REMEMBERED = 1024, 1000
+"""Turns of conversations whose tokens are remembered, of at most so many characters."""
 
 
 class Spans(NamedTuple):
@@ -45,6 +50,7 @@ class Tokenizer:
         for tokenizer in (self._text, self._later, self._template):
             tokenizer.no_padding()
             tokenizer.no_truncation()
+        self._turns = [lru_cache(TURNS)(partial(_encoded, tokenizer)) for tokenizer in (self._text, self._later)]
         self._special = {token: str(kind.content) for token, kind in added.items() if kind.special}
         self.longest = max(map(len, vocabulary), default=1)
         self.marks: int = self._text.num_special_tokens_to_add(False)
@@ -73,7 +79,7 @@ class Tokenizer:
                 tokens += self._between(fill(text[start:begin]), start)
                 tokens.append(token)
                 start = end
-        return tokens + self._between(fill(text[start:]), start)
+        return [*tokens, *self._between(fill(text[start:]), start)]
 
     def encode_marked(self, text: str, limit: int | None = None) -> list[int]:
         """Tokens of a user's text with the special ones that belong around it, at most `limit`.
@@ -119,9 +125,11 @@ class Tokenizer:
         """Whether the text of a special token is in it."""
         return any(special in text for special in self._special.values())
 
-    def _between(self, text: str, start: int) -> list[int]:
-        tokenizer = self._later if start else self._text
-        return list(tokenizer.encode(text, add_special_tokens=False).ids) if text else []
+    def _between(self, text: str, start: int) -> Sequence[int]:
+        """A conversation's turns come again with each of its requests."""
+        if len(text) > REMEMBERED:
+            return _encoded(self._later if start else self._text, text)
+        return self._turns[bool(start)](text)
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, special ones left out."""
@@ -131,6 +139,10 @@ class Tokenizer:
         """The id of a token by its text, None for an unknown one."""
         found: int | None = self._template.token_to_id(name)
         return found
+
+
+def _encoded(tokenizer: HfTokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False).ids) if text else ()
 
 
 def _cut(first: int, second: int, room: int) -> tuple[int, int]:

@@ -175,16 +175,17 @@ struct Product {
     const int64_t bytes = columns * inputs * (gated ? 2 : 1) * ((count + kRows - 1) / kRows);
     int64_t tasks = bytes / kTask;
     tasks = tasks < 2 ? 2 : tasks > 64 ? 64 : tasks;
-    work.share = up((columns + tasks - 1) / tasks, count >= kRowsTurned ? kPanel<Matrix> : kColumns);
+    work.share = up((columns + tasks - 1) / tasks, turns(count) ? kPanel<Matrix> : kColumns);
     tasks = 0;
     for (int64_t i = 0; i < made; i++) tasks += work.shares(i);
     return share(api, context, tasks, [&work](int64_t i) { work.columns_of(i); });
   }
 
  private:
-  // Of how many rows on turning a panel is worth it: sooner where that unpacks it as well.
-  static constexpr int64_t kRowsTurned = std::is_same_v<Matrix, Bytes> ? 64 : 16;
-  static constexpr int64_t kMatrices = 3, kRowsShared = 32, kRowsOfTask = 8, kTask = 1 << 17;
+  // Of how many rows on turning a panel is worth it: sooner where that unpacks it as well, and where columns are so short
+  // that sums across their registers take longer.
+  bool turns(int64_t rows) const { return rows >= (std::is_same_v<Matrix, Bytes> && inputs > kShort ? 64 : 16); }
+  static constexpr int64_t kShort = 256, kMatrices = 3, kRowsShared = 32, kRowsOfTask = 8, kTask = 1 << 17;
 
   struct Work {
     const Product* product;
@@ -216,7 +217,7 @@ struct Product {
       const Matrix& of = product->matrices[matrix];
       const int64_t begin = task * share, end = begin + share < of.columns ? begin + share : of.columns;
       const Matrix* other = product->gated ? &product->matrices[1] : nullptr;
-      if (count >= kRowsTurned) {
+      if (product->turns(count)) {
         panels.begin(length(of) * kPanel<Matrix> * 2);
         by_panels(rows, count, of, other, begin, end, panels.take<int8_t>(length(of) * kPanel<Matrix> * 2), to[matrix]);
       } else {
@@ -315,6 +316,7 @@ ort::Status* create(const ort::Operator*, const void* const* table, const ort::K
 // GroupQueryAttention with rotated positions over a cache that is appended to: queries, keys and values in one input.
 struct Attention {
   static constexpr int64_t kAlone = 64, kQueriesOfTask = 32;
+  static constexpr int64_t kTurned = 16;  // queries from which on it is worth while to turn their keys
   ort::Api api;
   attention::Shape shape{};
 
@@ -407,11 +409,14 @@ struct Attention {
       using attention::kQueries;
       const int64_t row = number / shape.kv_heads, head = number % shape.kv_heads, before = past(row), size = shape.size;
       const int64_t group = shape.heads / shape.kv_heads, room = up(before + until + attention::kKeys, 16);
-      scratch.begin(sizeof(float) * kQueries * (size + room) + 256);
+      const int64_t many = (until - from) * group;
+      const int64_t turned_keys = many < kTurned ? 0 : up(before + until, 16);
+      scratch.begin(sizeof(float) * (kQueries * (size + room) + size * turned_keys) + 256);
       float* turned = scratch.take<float>(kQueries * size);
       float* scores = scratch.take<float>(kQueries * room);
       const attention::Head of{keys + number * places * size, values + number * places * size};
-      const int64_t many = (until - from) * group;
+      float* sixteens = turned_keys ? scratch.take<float>(size * turned_keys) : nullptr;
+      if (sixteens) attention::turn(of, shape, before + until, sixteens);
       for (int64_t done = 0; done < many; done += kQueries) {
         const int64_t count = many - done < kQueries ? many - done : kQueries;
         const float* asked[kQueries] = {};
@@ -426,10 +431,10 @@ struct Attention {
           made[r] = to + ((row * queries + i) * shape.heads + of_group) * size;
           seen[r] = before + i + 1;
         }
-        if (count == 4) attention::attend<4>(asked, of, shape, seen, scores, room, made);
-        if (count == 3) attention::attend<3>(asked, of, shape, seen, scores, room, made);
-        if (count == 2) attention::attend<2>(asked, of, shape, seen, scores, room, made);
-        if (count == 1) attention::attend<1>(asked, of, shape, seen, scores, room, made);
+        if (count == 4) attention::attend<4>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 3) attention::attend<3>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 2) attention::attend<2>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 1) attention::attend<1>(asked, of, sixteens, shape, seen, scores, room, made);
       }
     }
   };
