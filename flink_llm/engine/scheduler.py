@@ -210,6 +210,9 @@ class Scheduler(Generic[T]):
         plan.sharing = self._admit()
         decoding = self._decoding = [entry for entry in self._running if not entry.left]
         filling = [entry for entry in self._running if entry.left]
+        if not filling:
+            plan.decode = decoding
+            return plan
         share = self._share(filling)
         spare = min((entry.may_wait(tempo.step_s, share) for entry in decoding), default=0.0)
         hold = self._hold(decoding, len(filling))
@@ -225,16 +228,12 @@ class Scheduler(Generic[T]):
 
     def _share(self, filling: list[Entry[T]]) -> float:
         """Of its own time, how much longer a reply may take for these prompts."""
-        if not filling:
-            return 0.0
         others = len(self._queue) + len(filling) - 1
         age = self._clock() - min(entry.began for entry in filling)
         pressure = min(1.0, others / self._slots.count + age / DELAY_GROWS_S)
         return DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * pressure**3
 
     def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int, tempo: Tempo) -> None:
-        if not filling:
-            return
         first = min(filling, key=lambda entry: entry.rank)
         if plan.decode and tempo.known:
             prompts = min(len(filling), PROMPTS_MOST)

@@ -41,6 +41,7 @@ class Sequence:
         self._grammar = grammar
         self._penalties = penalties(options, prompt)
         self._logprobs = Logprobs(options.logprobs, tokenizer.decode) if options.logprobs is not None else None
+        self._unread: list[int] = []
         self._held = ""
         self._ready = ""
         self._told_every = told_every
@@ -87,12 +88,16 @@ class Sequence:
         self.tokens.append(token)
         if token in self._ends:
             return self._end("stop")
-        self._held += self._detokenizer.add(token)
+        self._unread.append(token)
+        full = self.count >= self.options.max_tokens or len(self.prompt) + self.count >= limit
+        if self.latest < self._due and not (full or self.options.stop or self._grammar):
+            return None  # nobody is told of its text yet, nor does it end anything
+        self._read()
         if self._cut_at_stop():
             return self._flush()
         if self._grammar is not None and self._grammar.over:
             return self._end("stop")
-        if self.count >= self.options.max_tokens or len(self.prompt) + self.count >= limit:
+        if full:
             return self._end("length")
         return self._say(len(self._held) - self._longest_start_of_a_stop())
 
@@ -114,9 +119,15 @@ class Sequence:
 
     def _end(self, finish: FinishReason) -> Tokens | None:
         self.finish = finish
+        self._read()
         self._held += self._detokenizer.finish()
         self._cut_at_stop()
         return self._flush()
+
+    def _read(self) -> None:
+        if self._unread:
+            self._held += self._detokenizer.add(*self._unread)
+            self._unread.clear()
 
     def _cut_at_stop(self) -> bool:
         at = [self._held.find(stop) for stop in self.options.stop]

@@ -179,13 +179,17 @@ class Detokenizer:
         self._start = 0
         self._end = 0
 
-    def add(self, token: int) -> str:
-        """The text that `token` makes certain, often empty."""
-        self._tokens.append(token)
+    def add(self, *tokens: int) -> str:
+        """The text that `tokens` make certain, often empty."""
+        self._tokens += tokens
         before = self._tokenizer.decode(self._tokens[self._start : self._end])
         after = self._tokenizer.decode(self._tokens[self._start :])
-        if after.endswith(REPLACEMENT) and len(self._tokens) - self._end < WINDOW:
-            return ""
+        if after.endswith(REPLACEMENT):
+            if len(tokens) > 1:  # which of them is half a character is seen one by one
+                del self._tokens[-len(tokens) :]
+                return "".join([self.add(token) for token in tokens])
+            if len(self._tokens) - self._end < WINDOW:
+                return ""
         self._start, self._end = self._end, len(self._tokens)
         return after[len(before) :]
 

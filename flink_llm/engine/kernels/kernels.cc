@@ -184,7 +184,7 @@ struct Product {
  private:
   // Of how many rows on turning a panel is worth it: sooner where that unpacks it as well, and where columns are so short
   // that sums across their registers take longer.
-  bool turns(int64_t rows) const { return rows >= (std::is_same_v<Matrix, Bytes> && inputs > kShort ? 64 : 16); }
+  bool turns(int64_t rows) const { return rows >= (std::is_same_v<Matrix, Bytes> && inputs > kShort ? 36 : 16); }
   static constexpr int64_t kShort = 256, kMatrices = 3, kRowsShared = 32, kRowsOfTask = 8, kTask = 1 << 17;
 
   struct Work {

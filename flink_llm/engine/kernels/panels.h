@@ -192,10 +192,10 @@ inline void by_panels(const Rows& rows, int64_t count, const Matrix& of, const M
   for (int64_t column = begin; column < end; column += kPanel<Matrix>) {
     make_panel(of, column, panels);
     if (other) make_panel(*other, column, other_panel);
-    int64_t fetched = 0;  // of the next panels, by `of` first
+    int64_t fetched = 0;  // of the next panels, by `of` first; whoever multiplies them
     for (int64_t row = 0; row < count;) {
       const char* next = nullptr;
-      if (column + kPanel<Matrix> < end && fetched < kPanel<Matrix> * bytes * (other ? 2 : 1)) {
+      if (column + kPanel<Matrix> < of.columns && fetched < kPanel<Matrix> * bytes * (other ? 2 : 1)) {
         const bool second = fetched >= kPanel<Matrix> * bytes;
         const auto* weights = reinterpret_cast<const char*>(second ? other->weights : of.weights);
         next = weights + (column + kPanel<Matrix>) * bytes + fetched - (second ? kPanel<Matrix> * bytes : 0);
