@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
@@ -15,11 +16,11 @@
 namespace products {
 
 // Else the sums of a tile are kept in memory.
-#define UNROLLED _Pragma("GCC unroll 4")
+#define UNROLLED _Pragma("GCC unroll 5")
 
 constexpr int64_t kWide = 64;    // bytes in a register
 constexpr int64_t kColumns = 4;  // of a tile
-constexpr int64_t kRows = 4;     // of a tile, at most
+constexpr int64_t kRows = 4;     // of a tile, at most; 5 where there is one alone
 
 inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
@@ -148,7 +149,7 @@ inline void middles(const int8_t* weights, int64_t columns, int64_t inputs, int3
 // Memory is quickest where it is read in its order, so a single row goes column by column; several, which go
 // through four columns at once, meanwhile fetch the next four's in their order: `Fetch` quarters of them, after `done`.
 template <int R, int Fetch>
-inline void tile(const RowBytes& rows, int64_t row, const Bytes& of, int64_t column, int done, __m128 (&to)[kRows]) {
+inline void tile(const RowBytes& rows, int64_t row, const Bytes& of, int64_t column, int done, __m128 (&to)[R]) {
   const int8_t* w[kColumns];
   UNROLLED
   for (int c = 0; c < kColumns; c++) {
@@ -256,7 +257,7 @@ inline __m512i even(__m512i packed) { return _mm512_and_si512(packed, _mm512_set
 inline __m512i odd(__m512i packed) { return even(_mm512_srli_epi16(packed, 4)); }
 
 template <int R, int Fetch>
-inline void tile(const RowBlocks& rows, int64_t row, const Blocks& of, int64_t column, int done, __m128 (&to)[kRows]) {
+inline void tile(const RowBlocks& rows, int64_t row, const Blocks& of, int64_t column, int done, __m128 (&to)[R]) {
   const int64_t length = of.blocks * of.block / 2;  // bytes of a column
   int64_t at[kColumns];
   UNROLLED
@@ -307,7 +308,7 @@ template <int R, int Fetch, typename Rows, typename Matrix>
 inline void place(const Rows& rows, int64_t row, const Matrix& of, const Matrix* other, int64_t column, int64_t end,
                   int done, float* to) {
   const __mmask8 there = static_cast<__mmask8>(first(end - column) & 15);
-  __m128 made[kRows], ups[kRows];
+  __m128 made[R], ups[R];
   tile<R, Fetch>(rows, row, of, column, done, made);
   if (other) tile<R, Fetch>(rows, row, *other, column, done, ups);
   UNROLLED
@@ -320,17 +321,25 @@ inline void place(const Rows& rows, int64_t row, const Matrix& of, const Matrix*
 template <typename Rows, typename Matrix>
 inline void columns(const Rows& rows, int64_t count, const Matrix& of, const Matrix* other, int64_t begin, int64_t end,
                     float* to) {
-  const int64_t tiles = (count + kRows - 1) / kRows;
+  constexpr bool five = std::is_same_v<Matrix, Bytes>;  // of four bits there is no room for so many sums
+  const int64_t tiles = five && count == 5 ? 1 : (count + kRows - 1) / kRows;
   for (int64_t column = begin; column < end; column += kColumns) {
     int done = 0;
-    for (int64_t row = 0; row < count; row += kRows) {
-      const int fetch = done == 4 ? 0 : tiles == 1 ? 4 : tiles == 2 ? 2 : 1;
-      const int64_t left = count - row;
+    for (int64_t row = 0, tile = 0; tile < tiles; tile++) {
+      const int fetch = done == 4 ? 0 : tiles == 1 ? 4 : tiles == 2 || (tiles == 3 && done == 0) ? 2 : 1;
+      const int64_t left = count - row, here = (left + tiles - tile - 1) / (tiles - tile);  // about as many in each
 #define PLACE(R, F) place<R, F>(rows, row, of, other, column, end, done, to)
 #define EITHER(R) (fetch == 4 ? PLACE(R, 4) : fetch == 2 ? PLACE(R, 2) : fetch == 1 ? PLACE(R, 1) : PLACE(R, 0))
-      left >= 4 ? EITHER(4) : left == 3 ? EITHER(3) : left == 2 ? EITHER(2) : EITHER(1);
+      if constexpr (five) {
+        if (here == 5) PLACE(5, 4);
+      }
+      if (here == 4) EITHER(4);
+      if (here == 3) EITHER(3);
+      if (here == 2) EITHER(2);
+      if (here == 1) EITHER(1);
 #undef EITHER
 #undef PLACE
+      row += here;
       done += fetch;
     }
   }
