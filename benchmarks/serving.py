@@ -96,13 +96,14 @@ def _window(engine: Ours, shape: Shape, size: Size, bare: Bare, number: int) -> 
     for request in mixed(shape, count, size.longest, f"steady/{number}"):
         at += drawn.expovariate(SHARE * per_second)
         requests.append(Request(request.tokens, request.text, request.reply, at))
-    arrived, times = engine.do(_timed(engine, requests))
+    arrived, replies = engine.do(_timed(engine, requests))
+    times = [reply.times for reply in replies]
     steps = [(one + other) / 2 for one, other in zip(before, _bare_steps(bare, size.longest), strict=True)]
     ramp = min(RAMP_S, size.seconds / 5)
-    counted = [(at, said) for request, at, said in zip(requests, arrived, times, strict=True) if request.at >= ramp]
-    spans = [(span(said), expected(said, times, steps)) for _, said in counted if len(said) > 1]
+    counted = [(at, reply) for request, at, reply in zip(requests, arrived, replies, strict=True) if request.at >= ramp]
+    spans = [(reply.token_ms, expected(reply.times, times, steps)) for _, reply in counted if len(reply.times) > 1]
     ratios = [seen / alone for seen, alone in spans]
-    waits = [(said[0] - at) * 1000 for at, said in counted if said]
+    waits = [(reply.times[0] - at) * 1000 for at, reply in counted]
     return {
         "tpot_p99_ratio": float(np.quantile(ratios, 0.99)),
         "tpot_p50_ratio": float(np.quantile(ratios, 0.5)),
@@ -114,21 +115,36 @@ def _window(engine: Ours, shape: Shape, size: Size, bare: Bare, number: int) -> 
     }
 
 
-async def _timed(engine: Ours, requests: list[Request]) -> tuple[list[float], list[list[float]]]:
-    """When each request came, and each of its tokens."""
+@dataclass(frozen=True)
+class Heard:
+    """When a reply's tokens were heard, the first as soon as the engine had it, in seconds; how many it has.
+
+    Random weights say bytes that are no whole character: such tokens are heard with a later one.
+    """
+
+    times: list[float]
+    tokens: int
+
+    @property
+    def token_ms(self) -> float:
+        """Milliseconds per token after the first."""
+        return (self.times[-1] - self.times[0]) * 1000 / (self.tokens - 1)
+
+
+async def _timed(engine: Ours, requests: list[Request]) -> tuple[list[float], list[Heard]]:
+    """When each request came, and its reply."""
     began = time.perf_counter()
 
-    async def one(request: Request) -> list[float]:
+    async def one(request: Request) -> Heard:
         await asyncio.sleep(request.at - (time.perf_counter() - began))
-        return [time.perf_counter() async for _ in engine.model.generate(request.text, max_tokens=request.reply)]
+        asked = time.perf_counter()
+        reply = engine.model.generate(request.text, max_tokens=request.reply)
+        times = [time.perf_counter() async for _ in reply]
+        times[0] = min(times[0], asked + reply.timings.first_token_ms / 1000)
+        return Heard(times, reply.usage.completion_tokens)
 
-    times = await asyncio.gather(*(one(request) for request in requests))
-    return [began + request.at for request in requests], list(times)
-
-
-def span(said: list[float]) -> float:
-    """Milliseconds per token after the first."""
-    return (said[-1] - said[0]) * 1000 / (len(said) - 1)
+    replies = await asyncio.gather(*(one(request) for request in requests))
+    return [began + request.at for request in requests], list(replies)
 
 
 def expected(said: list[float], everybody: list[list[float]], steps: list[float]) -> float:

@@ -349,20 +349,22 @@ def test_a_shared_beginning_is_read_once():
     scheduler.advance(entry, count)
     second = scheduler.add("second", [*system, 8, 9], priority=5, now=0.0)
     plan = scheduler.plan(200)
-    assert plan.sharing == [second]
-    assert (second.source, second.shared) == (entry.slot, 100)
+    assert plan.copies == [(entry.slot, second.slot, 100)]
+    assert second.shared == 100
     assert plan.prefill == (second, 100, 2)
 
 
 def test_a_beginning_is_not_shared_across_keys():
     scheduler: Scheduler[str] = Scheduler(slots=3, limit=10)
     system = list(range(100))
+    copies = []
     for key in ("one", "two", "one"):
         added = scheduler.add(key, [*system, 7], priority=5, now=0.0, key=key)
         plan = scheduler.plan(200)
-        assert [entry.item for entry in plan.sharing] == ([key] if added.source != added.slot else [])
         scheduler.advance(plan.prefill[0], plan.prefill[2])
-    assert (added.shared, added.source) == (100, 0)
+        copies.append(plan.copies)
+    assert copies == [[], [], [(0, 2, 100)]]
+    assert added.shared == 100
 
 
 class Clock:
@@ -580,10 +582,77 @@ def test_who_decodes_stays_in_neighbouring_rows():
         scheduler.advance(read, count)
     assert [entry.slot for entry in entries] == [0, 1, 2]
     scheduler.remove(entries[1])
-    assert (scheduler.plan(20).swap, entries[2].slot) == ((2, 1, 20), 1)
-    assert scheduler.plan(20).swap is None
+    assert (scheduler.plan(20).swaps, entries[2].slot) == ([(2, 1, 20)], 1)
+    assert scheduler.plan(20).swaps == []
     scheduler.add("d", [3] * 20, priority=0, now=1.0)
-    assert scheduler.plan(20).swap is None  # it is read beside them
+    assert scheduler.plan(20).swaps == []  # it is read beside them
+
+
+def test_one_that_is_apart_moves_and_not_everybody_else():
+    scheduler: Scheduler[int] = Scheduler(slots=8, limit=10)
+    entries = [scheduler.add(number, [number] * 20, priority=0, now=0.0) for number in range(8)]
+    scheduler.plan(20)
+    for entry in (entries[0], *entries[4:]):
+        scheduler.advance(entry, 20)
+    plan = scheduler.plan(20)
+    assert plan.swaps == [(0, 3, 20), (1, 2, 0)], "and whose prompt is read next comes beside them"
+    assert sorted(entry.slot for entry in entries if not entry.left) == [3, 4, 5, 6, 7]
+
+
+def test_the_prompt_that_is_read_next_lies_at_an_end_of_who_decodes():
+    scheduler: Scheduler[int] = Scheduler(slots=8, limit=10, mixes=True)
+    entries = [scheduler.add(number, [number] * 20, priority=0, now=float(number)) for number in (0, 2, 3, 4, 1)]
+    scheduler.plan(20)
+    assert [entry.slot for entry in entries] == [0, 2, 3, 4, 1]
+    for entry in entries[:2]:
+        scheduler.advance(entry, 20)
+    scheduler.advance(entries[4], 20)
+    scheduler.remove(entries[1])
+    plan = scheduler.plan(20)
+    assert (plan.swaps, plan.prefill[0].item) == ([(3, 2, 20)], 3)
+    assert [entry.slot for entry in entries[:4:2]] == [0, 2]
+
+
+SYSTEMS = [[], [*range(100, 130)], [*range(100, 116), *range(200, 230)]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(SYSTEMS), st.integers(1, 40), st.integers(1, 6), st.integers(0, 2)), max_size=25),
+    st.booleans(),
+)
+def test_each_request_finds_in_its_slot_what_was_read_of_it(requests, mixes):
+    """Through all copies and changes of places: against a cache of lists, as a decoder would have it."""
+    scheduler: Scheduler[int] = Scheduler(slots=4, limit=1000, mixes=mixes)
+    cache: list[list[int]] = [[] for _ in range(4)]
+    arrivals = iter(requests)
+    alive: list[Entry[int]] = []
+    for number in range(10_000):
+        for system, length, tokens, pause in [next(arrivals, (None, 0, 0, 0))] if number % 3 == 0 else []:
+            if system is not None:
+                made = [*system, *(1000 + 7 * number + i for i in range(length))]
+                alive.append(scheduler.add(number, made, priority=5, now=float(pause), tokens=tokens))
+        plan = scheduler.plan(24, Tempo(step_s=0.01, run_s=0.005, token_s=0.001))
+        for source, slot, count in plan.copies:
+            cache[slot] = cache[source][:count]
+        for one, other, count in plan.swaps:
+            first, second = cache[one], cache[other]
+            cache[one], cache[other] = second[:count] + first[count:], first[:count] + second[count:]
+        for entry in scheduler._running:
+            assert cache[entry.slot][: entry.filled] == entry.prompt[: entry.filled]
+        for entry in [*plan.reads]:
+            count = plan.prefill[2] if entry is plan.prefill[0] else entry.left
+            cache[entry.slot] = list(entry.prompt[: entry.filled + count])
+            scheduler.advance(entry, count)
+        for entry in plan.decode:
+            cache[entry.slot] = [*cache[entry.slot][: len(entry.prompt) + entry.said], 9]
+            scheduler.decoded(entry, 9)
+            if entry.said >= entry.limit:
+                scheduler.remove(entry)
+                alive.remove(entry)
+        if not alive and number > 3 * len(requests):
+            return
+    raise AssertionError("somebody waits for ever")
 
 
 def test_a_prompt_that_is_half_read_makes_room_for_who_decodes():
@@ -594,5 +663,5 @@ def test_a_prompt_that_is_half_read_makes_room_for_who_decodes():
     scheduler.advance(long, 30)
     scheduler.advance(last, 40)
     plan = scheduler.plan(40)
-    assert (plan.swap, first.slot, last.slot, long.slot) == ((2, 1, 40), 0, 1, 2)
+    assert (plan.swaps, first.slot, last.slot, long.slot) == ([(2, 1, 40)], 0, 1, 2)
     assert plan.prefill == (long, 30, 10)

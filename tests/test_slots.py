@@ -46,13 +46,21 @@ def test_whatever_comes_no_slot_is_shared_and_every_beginning_is_right(copies, s
         assert copies or gap is None
         if gap is not None:
             end, other = gap
-            assert end in (min(used), max(used)) and min(used) < other < max(used) and other not in used
+            assert end in used and other not in used
+            assert spread(used ^ {end, other}, used) > 0, "they are no closer together than before"
             assert max(len(slots.held(end)), len(slots.held(other))) <= MOST
             slots.swap(end, other)
             cache[end], cache[other] = cache[other], cache[end]
             keys[end], keys[other] = keys.get(other, ""), keys[end]
             if other not in busy:
                 busy ^= {end, other}
+
+
+def spread(after, before):
+    """How many more of them lie in as many neighbouring slots."""
+    count = len(before)
+    both = [max(len(used & set(range(first, first + count))) for first in range(COUNT)) for used in (after, before)]
+    return both[0] - both[1]
 
 
 def session(*turns):

@@ -99,10 +99,10 @@ class Decoding:
             self._go_on(said)
             return True
         plan = self._scheduler.plan(tempo=self._meter.tempo)
-        if plan.swap is not None:
-            self._decoder.swap(*plan.swap)
-        for entry in plan.sharing:
-            self._decoder.copy(entry.source, _slot(entry), entry.shared)
+        for copy in plan.copies:
+            self._decoder.copy(*copy)
+        for swap in plan.swaps:
+            self._decoder.swap(*swap)
         if plan.mixed and plan.prefill is not None:
             self._due = plan.decode
             self._go_on(said, plan.prefill)

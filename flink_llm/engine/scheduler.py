@@ -49,7 +49,7 @@ tokens whatever they take; a prompt's last ones are read with it where they take
 class Entry(Generic[T]):
     """One request. Of its `prompt` `filled` tokens are in the cache; `slot` None while it waits, given at `began`.
 
-    The first `shared` of them were there before, in the slot `source`. `key`: see `Slots`. The reply has
+    The first `shared` of them were there before. `key`: see `Slots`. The reply has
     `said` tokens of at most `limit`, and has waited for others' prompts for `delayed` seconds.
     """
 
@@ -59,7 +59,6 @@ class Entry(Generic[T]):
     key: str = ""
     filled: int = 0
     slot: int | None = None
-    source: int = 0
     shared: int = 0
     began: float = 0.0
     limit: int = FORESEEN
@@ -80,15 +79,15 @@ class Entry(Generic[T]):
 
 @dataclass(eq=False)
 class Plan(Generic[T]):
-    """One step: two slots that change places, and how many tokens at the most they hold; who shares a beginning,
-    in this order; then one run over prompts, and everybody who decodes.
+    """One step: from which slot to which how many tokens are copied; pairs of slots that change places, and how many
+    tokens they hold at the most, in this order; then one run over prompts, and everybody who decodes.
 
     The run reads a chunk of one prompt, or the whole prompts of it and of those `beside` it, in neighbouring slots.
     With `mixed` it is to be that of those who decode too.
     """
 
-    swap: tuple[int, int, int] | None = None
-    sharing: list[Entry[T]] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    swaps: list[tuple[int, int, int]] = field(default_factory=list)
     prefill: tuple[Entry[T], int, int] | None = None
     beside: list[Entry[T]] = field(default_factory=list)
     mixed: bool = False
@@ -206,8 +205,7 @@ class Scheduler(Generic[T]):
         `DELAY_MOST`), as far as `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that
         it prefilled, and `decoded` of each token.
         """
-        plan: Plan[T] = Plan(swap=self._close_up())
-        plan.sharing = self._admit()
+        plan: Plan[T] = Plan(self._admit(), self._close_up())
         decoding = self._decoding = [entry for entry in self._running if not entry.left]
         filling = [entry for entry in self._running if entry.left]
         if not filling:
@@ -245,23 +243,33 @@ class Scheduler(Generic[T]):
         if self._together and not plan.mixed and not first.filled and first.left < most:
             plan.beside = _beside(first, filling, most, max(CHUNK_LEAST, tempo.worth_a_run))
 
-    def _close_up(self) -> tuple[int, int, int] | None:
-        """Moves a request that decodes into a gap: a step runs over all rows from the first to the last of them.
+    def _close_up(self) -> list[tuple[int, int, int]]:
+        """Has those who decode lie side by side, and whose prompt is read next at one of their ends.
 
-        It is about once for each request that begins or ends, and takes a small part of what reading its prompt did.
-        What the gap holds may be another's beginning, or a prompt that is half read: it changes places.
+        A step runs over all rows from the first to the last of them, and no prompt between them can be read in its run.
+        One moves for about each request that begins or ends, which takes a small part of what reading its prompt did.
+        What lies where it goes may be another's beginning, or a prompt that is half read: they change places.
         """
-        found = self._slots.gap(
-            {entry.slot for entry in self._running if entry.slot is not None and not entry.left}, SWAP_MOST
-        )
-        if found is None:
-            return None
-        self._slots.swap(*found)
-        places = dict(zip(found, reversed(found), strict=True))
+        swaps = []
+        used = {entry.slot for entry in self._running if entry.slot is not None and not entry.left}
+        found = self._slots.gap(used, SWAP_MOST)
+        if found is not None:
+            swaps.append(self._swap(*found))
+            used = used - {found[0]} | {found[1]}
+        filling = [entry for entry in self._running if entry.left]
+        if used and filling and (first := min(filling, key=_RANK)).slot is not None:
+            found = self._slots.beside(used, first.slot, SWAP_MOST)
+            if found is not None:
+                swaps.append(self._swap(*found))
+        return swaps
+
+    def _swap(self, one: int, other: int) -> tuple[int, int, int]:
+        self._slots.swap(one, other)
+        places = {one: other, other: one}
         for entry in self._running:
             if entry.slot in places:
                 entry.slot = places[entry.slot]
-        return *found, max(len(self._slots.held(slot)) for slot in found)
+        return one, other, max(len(self._slots.held(slot)) for slot in places)
 
     def _hold(self, decoding: list[Entry[T]], filling: int) -> bool:
         """Whether those who decode stand still for prompts of a burst.
@@ -288,18 +296,18 @@ class Scheduler(Generic[T]):
         if entry.slot is not None:
             self._slots.add(entry.slot, [token])
 
-    def _admit(self) -> list[Entry[T]]:
-        """Gives slots to whoever is next; who of them shares a beginning."""
-        sharing = []
+    def _admit(self) -> list[tuple[int, int, int]]:
+        """Gives slots to whoever is next; from which slot to which how many tokens are to be copied."""
+        copies = []
         while self._slots.free and self._queue:
             best = self._queue.pop(0)
             best.began = self._clock()
-            best.slot, best.shared, best.source = self._slots.take(best.prompt, best.key)
+            best.slot, best.shared, source = self._slots.take(best.prompt, best.key)
             best.filled = best.shared
             self._running.append(best)
             if best.shared:
-                sharing.append(best)
-        return sharing
+                copies.append((source, best.slot, best.shared))
+        return copies
 
 
 def _beside(first: Entry[T], filling: Sequence[Entry[T]], most: int, spread: int) -> list[Entry[T]]:

@@ -81,18 +81,30 @@ class Slots:
         return Placement(slot, shared, source if shared else slot)
 
     def gap(self, used: Collection[int], most: int) -> tuple[int, int] | None:
-        """The first or the last of the slots `used`, and another between them; None where one holds more than `most`.
+        """One of the slots `used` that is apart from most of them, and another between these; None where there is
+        none, or where one holds more than `most`.
 
         Which of them: those that hold least.
         """
-        if not self._copies or not used:
+        count = len(used)
+        if not self._copies or not count or max(used) - min(used) < count:
             return None
-        first, last = min(used), max(used)
-        between = [number for number in range(first, last) if number not in used]
-        if not between:
-            return None
-        end, other = (min(some, key=lambda number: len(self._slots[number].held)) for some in ([last, first], between))
-        return (end, other) if max(len(self._slots[end].held), len(self._slots[other].held)) <= most else None
+        windows = [range(first, first + count) for first in range(len(self._slots) - count + 1)]
+        window = max(windows, key=lambda window: sum(number in used for number in window))
+        apart = [number for number in used if number not in window]
+        return self._pair(apart, [number for number in window if number not in used], most)
+
+    def beside(self, used: Collection[int], slot: int, most: int) -> tuple[int, int] | None:
+        """A slot, and the one before or behind those that are `used` that it is to change places with.
+
+        None where it is there, or where one holds more than `most`.
+        """
+        edges = [number for number in (min(used) - 1, max(used) + 1) if 0 <= number < len(self._slots)] if used else []
+        return self._pair([slot], edges, most) if self._copies and edges and slot not in edges else None
+
+    def _pair(self, some: Collection[int], others: Collection[int], most: int) -> tuple[int, int] | None:
+        one, other = (min(each, key=lambda number: len(self._slots[number].held)) for each in (some, others))
+        return (one, other) if max(len(self._slots[one].held), len(self._slots[other].held)) <= most else None
 
     def swap(self, one: int, other: int) -> None:
         """What is said of one slot holds of the other from now on."""
