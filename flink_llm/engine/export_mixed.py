@@ -7,14 +7,16 @@ tokens are one row of the graph, those of the prompt first, and each layer has t
     [1, chunk + rows, ·] ── Split ──┬── GroupQueryAttention [1, chunk, ·] ──────────────────┬── Concat ──
                                     └── Reshape ── GroupQueryAttention [rows, 1, ·] ── Reshape ──┘
 
-All else in a decoder looks at one token at a time. The weights stay in the file that both forms name.
+of which there is a kernel for those that are a RotaryAttention (`functions`). All else in a decoder looks at one token at a time. The weights stay in the file that both forms name.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+from flink_llm.engine import functions
 from flink_llm.engine.graphs import LOGITS_FROM
 from flink_llm.engine.mixed import CHUNK_LENGTH, CHUNK_PAST, CHUNK_PRESENT, CHUNK_TOTAL, ROWS_LENGTHS, ROWS_TOTAL, SPLIT
 from flink_llm.engine.model import DATA
@@ -42,13 +44,25 @@ def mix(source: Path, to: Path) -> bool:
     split = _input(graph, SPLIT, ir.DataType.INT64, [2])
     attentions = [node for node in graph if node.op_type in _ATTENTIONS]
     for node in attentions:
-        _divide(graph, node, split, lengths)
+        (_join if node.op_type == "RotaryAttention" else _divide)(graph, node, split, lengths)
     sweep(graph)  # what made the lengths of the mask
     if mask.uses() or not attentions:
         return False
     graph.inputs.remove(mask)
+    functions.complete(model)
     ir.save(model, to)
     return True
+
+
+def _join(graph: ir.Graph, node: ir.Node, split: ir.Value, lengths: list[ir.Value]) -> None:
+    """Puts a function of two attentions in the place of one."""
+    packed, *past = node.inputs[: 1 + _PASTS]
+    chunk_past = [_twin(graph, value) for value in past if value is not None]
+    rotation = node.inputs[1 + _PASTS + _LENGTHS :]
+    inputs = [packed, *past, *lengths[2:], *chunk_past, *lengths[:2], split, *rotation]
+    made = ir.node("MixedAttention", inputs, dict(node.attributes), domain=functions.DOMAIN, num_outputs=5)
+    graph.insert_before(node, [made])
+    _replace(graph, node, made.outputs[0], made.outputs[1:3], made.outputs[3:])
 
 
 def _divide(graph: ir.Graph, node: ir.Node, split: ir.Value, lengths: list[ir.Value]) -> None:
@@ -78,14 +92,21 @@ def _divide(graph: ir.Graph, node: ir.Node, split: ir.Value, lengths: list[ir.Va
     (flat,) = add("Reshape", [rows_out[0], _shape(graph, [1, -1], node.outputs[0])])
     (both,) = add("Concat", [chunk_out[0], flat], axis=1)
     graph.insert_before(node, nodes)
+    _replace(graph, node, both, rows_out[1:], chunk_out[1:])
+
+
+def _replace(
+    graph: ir.Graph, node: ir.Node, both: ir.Value, presents: Sequence[ir.Value], of_chunk: Sequence[ir.Value]
+) -> None:
+    """The outputs of an attention are these, and the cache of the prompt's row is one of the graph."""
     both.shape, both.type = node.outputs[0].shape, node.outputs[0].type
     node.outputs[0].replace_all_uses_with(both)
-    for number, old in enumerate(node.outputs[1:], 1):
+    for old, present, chunk in zip(node.outputs[1:], presents, of_chunk, strict=True):
         name = old.name or ""
-        _take_over(graph, old, rows_out[number], name)
-        chunk_out[number].name = f"{CHUNK_PRESENT}{name.removeprefix('present')}"
-        chunk_out[number].shape, chunk_out[number].type = old.shape, old.type
-        graph.outputs.append(chunk_out[number])
+        _take_over(graph, old, present, name)
+        chunk.name = f"{CHUNK_PRESENT}{name.removeprefix('present')}"
+        chunk.shape, chunk.type = old.shape, old.type
+        graph.outputs.append(chunk)
     graph.remove(node, safe=True)
 
 

@@ -11,6 +11,7 @@ and the processor has what that needs, ONNX Runtime takes the kernel of the same
 | SkipRowLinear, SkipBlockLinear | the product of a norm (SkipSimplifiedLayerNormalization), and the sum that it is of |
 | SkipGatedRowLinear, SkipGatedBlockLinear | the same with two products, gate and up: gate * sigmoid(gate) * up |
 | RotaryAttention | GroupQueryAttention of packed queries, keys and values, positions rotated, without a window |
+| MixedAttention | two of them: of the first tokens as a part of one prompt, and of each other as a row's (`export_mixed`) |
 """
 
 from collections.abc import Callable, Sequence
@@ -142,6 +143,23 @@ def _attention(name: str, opset: int) -> ir.Function:
     return body.function(name, outputs, opset)
 
 
+def _mixed_attention(name: str, opset: int) -> ir.Function:
+    inputs = ["packed", *_ROWS, *(f"chunk_{part}" for part in _ROWS), "split", "cosines", "sines"]
+    body = Body(inputs, ATTENTION_ATTRIBUTES)
+    packed, of_rows, of_chunk = body.inputs[0], body.inputs[1:5], body.inputs[5:9]
+    split, rotation = body.inputs[9], body.inputs[10:]
+    chunk, rows = body.add("Split", [packed, split], outputs=2, axis=1)
+    made = []
+    for tokens, cache in ((body.add("Transpose", [rows], perm=[1, 0, 2]), of_rows), (chunk, of_chunk)):
+        given = [tokens, None, None, *cache, *rotation]
+        made.append(body.add("GroupQueryAttention", given, CONTRIB, outputs=3, do_rotary=1))
+        body.own(*ATTENTION_ATTRIBUTES)
+    (rows, *rows_cache), (chunk, *chunk_cache) = made
+    every = body.add("Concat", [chunk, body.add("Transpose", [rows], perm=[1, 0, 2])], axis=1)
+    return body.function(name, [every, *rows_cache, *chunk_cache], opset)
+
+
+_ROWS = ("past_keys", "past_values", "lengths", "longest")
 _FUNCTIONS: dict[str, Callable[[str, int], ir.Function]] = {
     "RowLinear": _row_linear,
     "RowLinear2": _row_linear,
@@ -152,4 +170,5 @@ _FUNCTIONS: dict[str, Callable[[str, int], ir.Function]] = {
     "SkipGatedRowLinear": _skip,
     "SkipGatedBlockLinear": _skip,
     "RotaryAttention": _attention,
+    "MixedAttention": _mixed_attention,
 }

@@ -59,6 +59,7 @@ class Scratch {
 };
 thread_local Scratch scratch, panels;
 
+constexpr char kNoFit[] = "the inputs of an attention do not fit together";
 constexpr char kNoMemory[] = "Failed to allocate memory for a kernel";
 
 // task(0) to task(count - 1), by the session's threads. No exception may reach those.
@@ -314,79 +315,64 @@ ort::Status* create(const ort::Operator*, const void* const* table, const ort::K
 }
 
 // GroupQueryAttention with rotated positions over a cache that is appended to: queries, keys and values in one input.
+// `Mixed`: of a part of one prompt, and of a token of each of some rows, which are all in one row of it.
+template <bool Mixed>
 struct Attention {
   static constexpr int64_t kAlone = 64, kQueriesOfTask = 32;
   static constexpr int64_t kTurned = 16;  // queries from which on it is worth while to turn their keys
+  static constexpr int kCache = 4;        // inputs that are a cache: keys, values, lengths, the longest
+  static constexpr int first = Mixed ? 2 + 2 * kCache : 1 + kCache;  // of what is of the model
   ort::Api api;
   attention::Shape shape{};
 
   ort::Status* run(ort::KernelContext* context) const {
-    Array given, keys, values, lengths, total, cosines, sines;
-    Array* inputs[] = {&given, &keys, &values, &lengths, &total, &cosines, &sines};
-    for (size_t i = 0; i < 7; i++) TRY(read(api, context, i, inputs[i]));
+    Array given, cosines, sines;
+    TRY(read(api, context, 0, &given));
+    TRY(read(api, context, first, &cosines));
+    TRY(read(api, context, first + 1, &sines));
+    const int64_t all = (shape.heads + 2 * shape.kv_heads);
+    if (given.sizes.size() != 3 || given.sizes[2] % all || cosines.sizes.size() != 2 || cosines.sizes != sines.sizes) {
+      return api.fail(kNoFit);
+    }
+    const int64_t size = given.sizes[2] / all, made = shape.heads * size;
+    float* to = nullptr;
+    TRY(make(api, context, 0, {given.sizes[0], given.sizes[1], made}, &to));
     Work work{};
-    work.shape = shape;
-    if (given.sizes.size() != 3 || keys.sizes.size() != 4 || keys.sizes != values.sizes || cosines.sizes.size() != 2 ||
-        cosines.sizes != sines.sizes || total.count() != 1) {
-      return api.fail("the inputs of an attention do not fit together");
+    if constexpr (!Mixed) {
+      TRY(prepare(context, &work, given.sizes[0], given.sizes[1], given.as<float>(), 1, cosines, sines, to));
+      if (work.rows == 0 || work.queries == 0) return nullptr;
+      if (work.queries == 1) return one_by_one(context, work);
+      TRY(share(api, context, work.heads(), [&work](int64_t head) { work.append(head); }));
+      return several(context, work);
+    } else {
+      Array split;
+      TRY(read(api, context, first - 1, &split));
+      if (split.count() != 2 || given.sizes[0] != 1) return api.fail(kNoFit);
+      const int64_t many = split.as<int64_t>()[0], rows = split.as<int64_t>()[1];
+      if (many < 0 || rows < 0 || many + rows != given.sizes[1]) return api.fail(kNoFit);
+      Work chunk{};
+      const float* of_rows = given.as<float>() + many * given.sizes[2];
+      TRY(prepare(context, &work, rows, 1, of_rows, 1, cosines, sines, to + many * made));
+      TRY(prepare(context, &chunk, 1, many, given.as<float>(), 1 + kCache, cosines, sines, to));
+      const int64_t alone = work.heads();
+      TRY(share(api, context, alone + (many ? chunk.heads() : 0), [&work, &chunk, alone](int64_t head) {
+        if (head >= alone) return chunk.append(head - alone);
+        work.append(head), work.attend(head, 0, 1);
+      }));
+      return many ? several(context, chunk) : nullptr;
     }
-    work.shape.size = keys.sizes[3];
-    work.wide = (shape.heads + 2 * shape.kv_heads) * work.shape.size;
-    if (given.sizes[2] != work.wide || work.shape.size < 1 || work.shape.size % attention::kWide ||
-        keys.sizes[0] != given.sizes[0] || keys.sizes[1] != shape.kv_heads || lengths.count() != given.sizes[0]) {
-      return api.fail("the inputs of an attention do not fit together");
-    }
-    if (shape.scale == 0) work.shape.scale = 1.0f / std::sqrt(static_cast<float>(work.shape.size));
-    work.shape.rotated = 2 * cosines.sizes[1];
-    const int64_t rows = given.sizes[0], longest = *total.as<int32_t>(), held = keys.sizes[2];
-    work.queries = given.sizes[1];
-    work.first = longest == work.queries;
-    work.given = given.as<float>();
-    work.lengths = lengths.as<int32_t>();
-    work.cosines = cosines.as<float>();
-    work.sines = sines.as<float>();
-    work.places = longest > held ? longest : held;
-    if (work.shape.rotated > work.shape.size || cosines.sizes[0] < longest) {
-      return api.fail("the rotation of an attention is for other positions");
-    }
-    for (int64_t row = 0; row < rows; row++) {
-      if (work.past(row) < 0 || work.past(row) > held || work.past(row) + work.queries > longest) {
-        return api.fail("an attention's lengths do not fit its cache");
-      }
-    }
-    TRY(make(api, context, 0, {rows, work.queries, shape.heads * work.shape.size}, &work.to));
-    std::vector<int64_t> sizes = keys.sizes;
-    sizes[2] = work.places;
-    TRY(make(api, context, 1, sizes, &work.keys));
-    TRY(make(api, context, 2, sizes, &work.values));
-    work.old_keys = keys.as<float>();
-    work.old_values = values.as<float>();
-    work.held = held;
-    if (rows == 0 || work.queries == 0) return nullptr;
-    const int64_t heads = rows * shape.kv_heads;
-    if (work.queries == 1) {  // what is appended is read by its own task alone
-      const auto task = [&work](int64_t head) { work.append(head), work.attend(head, 0, 1); };
-      if (heads * longest > kAlone) return share(api, context, heads, task);
-      for (int64_t head = 0; head < heads; head++) task(head);
-      return nullptr;
-    }
-    TRY(share(api, context, heads, [&work](int64_t head) { work.append(head); }));
-    work.shares = (work.queries + kQueriesOfTask - 1) / kQueriesOfTask;
-    return share(api, context, heads * work.shares, [&work](int64_t i) {
-      const int64_t from = i % work.shares * kQueriesOfTask, until = from + kQueriesOfTask;
-      work.attend(i / work.shares, from, until < work.queries ? until : work.queries);
-    });
   }
 
  private:
   struct Work {
     attention::Shape shape;
-    int64_t wide, queries, places, held, shares;
+    int64_t rows, wide, queries, longest, places, held, shares;
     bool first;
     const float *given, *cosines, *sines, *old_keys, *old_values;
     const int32_t* lengths;
     float *to, *keys, *values;
 
+    int64_t heads() const { return rows * shape.kv_heads; }
     int64_t past(int64_t row) const { return first ? 0 : lengths[row] + 1 - queries; }
 
     // Of one head of a sequence: its new keys and values behind those that are held.
@@ -438,10 +424,74 @@ struct Attention {
       }
     }
   };
+
+  // `cache`: the first input of it; what it becomes are the outputs from that number on, two for each cache.
+  ort::Status* prepare(ort::KernelContext* context, Work* to, int64_t rows, int64_t queries, const float* given, int cache,
+                       const Array& cosines, const Array& sines, float* made) const {
+    Work& work = *to;
+    Array keys, values, lengths, total;
+    Array* inputs[] = {&keys, &values, &lengths, &total};
+    for (int i = 0; i < kCache; i++) TRY(read(api, context, cache + i, inputs[i]));
+    if (keys.sizes.size() != 4 || keys.sizes != values.sizes || total.count() != 1) return api.fail(kNoFit);
+    work.shape = shape;
+    work.shape.size = keys.sizes[3];
+    work.wide = (shape.heads + 2 * shape.kv_heads) * work.shape.size;
+    if (work.shape.size < 1 || work.shape.size % attention::kWide || keys.sizes[0] != rows ||
+        keys.sizes[1] != shape.kv_heads || lengths.count() != rows) {
+      return api.fail(kNoFit);
+    }
+    if (shape.scale == 0) work.shape.scale = 1.0f / std::sqrt(static_cast<float>(work.shape.size));
+    work.shape.rotated = 2 * cosines.sizes[1];
+    const int64_t longest = *total.as<int32_t>(), held = keys.sizes[2];
+    work.rows = rows;
+    work.queries = queries;
+    work.longest = longest;
+    work.first = longest == queries;
+    work.given = given;
+    work.lengths = lengths.as<int32_t>();
+    work.cosines = cosines.as<float>();
+    work.sines = sines.as<float>();
+    work.places = longest > held ? longest : held;
+    if (work.shape.rotated > work.shape.size || cosines.sizes[0] < longest) {
+      return api.fail("the rotation of an attention is for other positions");
+    }
+    for (int64_t row = 0; row < rows; row++) {
+      if (work.past(row) < 0 || work.past(row) > held || work.past(row) + queries > longest) {
+        return api.fail("an attention's lengths do not fit its cache");
+      }
+    }
+    work.to = made;
+    std::vector<int64_t> sizes = keys.sizes;
+    sizes[2] = work.places;
+    const size_t number = cache == 1 ? 1 : 3;
+    TRY(make(api, context, number, sizes, &work.keys));
+    TRY(make(api, context, number + 1, sizes, &work.values));
+    work.old_keys = keys.as<float>();
+    work.old_values = values.as<float>();
+    work.held = held;
+    return nullptr;
+  }
+
+  // A query of each sequence: what is appended is read by its own task alone.
+  ort::Status* one_by_one(ort::KernelContext* context, const Work& work) const {
+    const auto task = [&work](int64_t head) { work.append(head), work.attend(head, 0, 1); };
+    if (work.heads() * work.longest > kAlone) return share(api, context, work.heads(), task);
+    for (int64_t head = 0; head < work.heads(); head++) task(head);
+    return nullptr;
+  }
+
+  ort::Status* several(ort::KernelContext* context, Work& work) const {
+    work.shares = (work.queries + kQueriesOfTask - 1) / kQueriesOfTask;
+    return share(api, context, work.heads() * work.shares, [&work](int64_t i) {
+      const int64_t from = i % work.shares * kQueriesOfTask, until = from + kQueriesOfTask;
+      work.attend(i / work.shares, from, until < work.queries ? until : work.queries);
+    });
+  }
 };
 
+template <typename Kernel>
 ort::Status* create_attention(const ort::Operator*, const void* const* table, const ort::KernelInfo* info, void** made) {
-  auto kernel = std::make_unique<Attention>();
+  auto kernel = std::make_unique<Kernel>();
   kernel->api = ort::Api(table);
   TRY(kernel->api.attribute(info, "num_heads", &kernel->shape.heads));
   TRY(kernel->api.attribute(info, "kv_num_heads", &kernel->shape.kv_heads));
@@ -489,12 +539,17 @@ ort::Operator describe_product(const char* (*name)(const ort::Operator*)) {
   return op;
 }
 
+template <typename Kernel>
 ort::Operator describe_attention(const char* (*name)(const ort::Operator*)) {
-  ort::Operator op = describe<Attention>(name);
-  op.input_type = [](const ort::Operator*, size_t number) { return number == 3 || number == 4 ? ort::kInt32 : ort::kFloat; };
-  op.input_count = [](const ort::Operator*) -> size_t { return 7; };
-  op.output_count = [](const ort::Operator*) -> size_t { return 3; };
-  op.create = create_attention;
+  ort::Operator op = describe<Kernel>(name);
+  op.input_type = [](const ort::Operator*, size_t number) {
+    if (number == 0 || number >= Kernel::first) return ort::kFloat;
+    if (number == 1 + 2 * Kernel::kCache) return ort::kInt64;  // how a mixed run is split
+    return (number - 1) % Kernel::kCache < 2 ? ort::kFloat : ort::kInt32;
+  };
+  op.input_count = [](const ort::Operator*) -> size_t { return Kernel::first + 2; };
+  op.output_count = [](const ort::Operator*) -> size_t { return Kernel::first > 1 + Kernel::kCache ? 5 : 3; };
+  op.create = create_attention<Kernel>;
   return op;
 }
 
@@ -522,7 +577,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       describe_product<Four, Form<1, false, false>>(NAME("BlockLinear")),
       describe_product<Four, Form<1, true, false>>(NAME("SkipBlockLinear")),
       describe_product<Four, Form<2, true, true>>(NAME("SkipGatedBlockLinear")),
-      describe_attention(NAME("RotaryAttention")),
+      describe_attention<Attention<false>>(NAME("RotaryAttention")),
+      describe_attention<Attention<true>>(NAME("MixedAttention")),
   };
   const ort::Api api(table);
   static ort::Domain* domain = [&] {
