@@ -618,7 +618,9 @@ SYSTEMS = [[], [*range(100, 130)], [*range(100, 116), *range(200, 230)]]
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from(SYSTEMS), st.integers(1, 40), st.integers(1, 6), st.integers(0, 2)), max_size=25),
+    st.lists(
+        st.tuples(st.sampled_from(SYSTEMS), st.integers(1, 40), st.integers(1, 6), st.integers(0, 2)), max_size=25
+    ),
     st.booleans(),
 )
 def test_each_request_finds_in_its_slot_what_was_read_of_it(requests, mixes):

@@ -7,7 +7,8 @@ tokens are one row of the graph, those of the prompt first, and each layer has t
     [1, chunk + rows, ·] ── Split ──┬── GroupQueryAttention [1, chunk, ·] ──────────────────┬── Concat ──
                                     └── Reshape ── GroupQueryAttention [rows, 1, ·] ── Reshape ──┘
 
-of which there is a kernel for those that are a RotaryAttention (`functions`). All else in a decoder looks at one token at a time. The weights stay in the file that both forms name.
+of which there is a kernel for those that are a RotaryAttention (`functions`). All else in a decoder looks at one token
+at a time. The weights stay in the file that both forms name.
 """
 
 from collections.abc import Sequence

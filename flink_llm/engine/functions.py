@@ -11,7 +11,7 @@ and the processor has what that needs, ONNX Runtime takes the kernel of the same
 | SkipRowLinear, SkipBlockLinear | the product of a norm (SkipSimplifiedLayerNormalization), and the sum that it is of |
 | SkipGatedRowLinear, SkipGatedBlockLinear | the same with two products, gate and up: gate * sigmoid(gate) * up |
 | RotaryAttention | GroupQueryAttention of packed queries, keys and values, positions rotated, without a window |
-| MixedAttention | two of them: of the first tokens as a part of one prompt, and of each other as a row's (`export_mixed`) |
+| MixedAttention | two of them: of the first tokens as a part of one prompt, of each other as a row (`export_mixed`) |
 """
 
 from collections.abc import Callable, Sequence

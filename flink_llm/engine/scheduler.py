@@ -23,10 +23,9 @@ HOLD_S = 0.5
 """How long, in all, a reply that has begun may stand still while others' prompts are read in one go."""
 HOLD_SHARE = 3
 """Replies that may stand still so for each prompt that is being read."""
-DELAY_LEAST, DELAY_MOST = 0.2, 6.0
+DELAY_LEAST, DELAY_MOST = 0.2, 0.4
 """How much longer a reply may take, in all, for the prompts of others: for one that comes alone, and once as many more
-wait, to be read or for a slot, as there are slots. It grows by the third power of how many do: chance meetings of a
-few are no burst.
+wait, to be read or for a slot, as there are slots; evenly between.
 
 A prompt that comes alone is read a little later; of a burst everybody is done later where its prompts wait, since a
 step of a few rows takes little less than one of all."""
@@ -229,7 +228,7 @@ class Scheduler(Generic[T]):
         others = len(self._queue) + len(filling) - 1
         age = self._clock() - min(entry.began for entry in filling)
         pressure = min(1.0, others / self._slots.count + age / DELAY_GROWS_S)
-        return DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * pressure**3
+        return DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * pressure
 
     def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int, tempo: Tempo) -> None:
         first = min(filling, key=lambda entry: entry.rank)
