@@ -117,7 +117,8 @@ def _window(engine: Ours, shape: Shape, size: Size, bare: Bare, number: int) -> 
 
 @dataclass(frozen=True)
 class Heard:
-    """When a reply's tokens were heard, the first as soon as the engine had it, in seconds; how many it has.
+    """When a reply's tokens were heard, in seconds, the first as soon as the engine had it and the last with its end; how
+    many it has.
 
     Random weights say bytes that are no whole character: such tokens are heard with a later one.
     """
@@ -139,9 +140,9 @@ async def _timed(engine: Ours, requests: list[Request]) -> tuple[list[float], li
         await asyncio.sleep(request.at - (time.perf_counter() - began))
         asked = time.perf_counter()
         reply = engine.model.generate(request.text, max_tokens=request.reply)
-        times = [time.perf_counter() async for _ in reply]
+        times = [time.perf_counter() async for _ in reply] or [time.perf_counter()]
         times[0] = min(times[0], asked + reply.timings.first_token_ms / 1000)
-        return Heard(times, reply.usage.completion_tokens)
+        return Heard([*times[:-1], time.perf_counter()] if len(times) > 1 else times, reply.usage.completion_tokens)
 
     replies = await asyncio.gather(*(one(request) for request in requests))
     return [began + request.at for request in requests], list(replies)

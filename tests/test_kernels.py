@@ -233,6 +233,138 @@ def test_an_attention_is_near_the_function(
 
 
 @needs_kernels
+@EVERY
+@given(
+    heads=HEADS,
+    size=st.sampled_from([16, 48, 64, 128]),
+    past=st.integers(0, 40),
+    parts=st.lists(st.integers(1, 45), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+)
+def test_a_query_does_not_feel_how_many_there_are(
+    heads: tuple[int, int], size: int, past: int, parts: list[int], seed: int
+) -> None:
+    """Many have their keys turned, few have not: the same numbers, to the bit."""
+    draw, places, (many, few) = np.random.default_rng(seed), 256, heads
+    graph = attention(many, few, size, 0.0, places)
+    packed = draw.standard_normal((1, sum(parts), (many + 2 * few) * size)).astype(np.float32)
+    keys, values = draw.standard_normal((2, 1, few, places, size)).astype(np.float32)
+
+    def run(first: int, end: int, keys: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+        feeds = {"packed": packed[:, first:end], "keys": keys, "values": values}
+        total = past + end
+        lengths = {"lengths": np.array([total - 1], np.int32), "longest": np.array([total], np.int32)}
+        found: list[np.ndarray] = graph.kernel.run(None, {**feeds, **lengths})
+        return found
+
+    whole, *_ = run(0, sum(parts), keys, values)
+    begin = 0
+    for part in parts:
+        made, keys, values = run(begin, begin + part, keys, values)
+        np.testing.assert_array_equal(made, whole[:, begin : begin + part])
+        begin += part
+
+
+def mixed_attention(heads: int, kv_heads: int, size: int, places: int) -> Graph:
+    angles = np.arange(places)[:, None] * 10000.0 ** -(np.arange(size // 2) / (size // 2))
+    cache = [(4, FLOAT), (4, FLOAT), (1, ir.DataType.INT32), (1, ir.DataType.INT32)]
+    parts = ("keys", "values", "lengths", "longest")
+    inputs = {"packed": (3, FLOAT)}
+    inputs |= {f"{of}{part}": kind for of in ("", "chunk_") for part, kind in zip(parts, cache, strict=True)}
+    turns = {"cosines": np.cos(angles).astype(np.float32), "sines": np.sin(angles).astype(np.float32)}
+    inputs["split"] = (1, ir.DataType.INT64)
+    return Graph("MixedAttention", turns, inputs, 5, num_heads=heads, kv_num_heads=kv_heads, scale=0.0)
+
+
+def mixed_feeds(heads: int, kv_heads: int, size: int, pasts: list[int], chunk: int, start: int, seed: int) -> Any:
+    draw = np.random.default_rng(seed)
+    made = draw.standard_normal((1, chunk + len(pasts), (heads + 2 * kv_heads) * size)).astype(np.float32)
+    rows, one = (draw.standard_normal((2, count, kv_heads, 128, size)).astype(np.float32) for count in (len(pasts), 1))
+    return {
+        "packed": made,
+        "keys": rows[0],
+        "values": rows[1],
+        "lengths": np.array(pasts, np.int32),
+        "longest": np.array([max(pasts) + 1], np.int32),
+        "chunk_keys": one[0],
+        "chunk_values": one[1],
+        "chunk_lengths": np.array([start + chunk - 1], np.int32),
+        "chunk_longest": np.array([start + chunk], np.int32),
+        "split": np.array([chunk, len(pasts)], np.int64),
+    }
+
+
+@needs_kernels
+@EVERY
+@given(
+    heads=HEADS,
+    size=st.sampled_from([16, 64]),
+    pasts=st.lists(st.integers(0, 60), min_size=1, max_size=5),
+    chunk=st.integers(1, 40),
+    start=st.integers(0, 60),
+    seed=st.integers(0, 2**16),
+)
+def test_a_mixed_attention_is_two(
+    heads: tuple[int, int], size: int, pasts: list[int], chunk: int, start: int, seed: int
+) -> None:
+    feeds = mixed_feeds(*heads, size, pasts, chunk, start, seed)
+    both = mixed_attention(*heads, size, 128).both(**feeds)
+    for found, wanted in both[:1]:
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    for (found, wanted), ends in zip(
+        both[1:], ([each + 1 for each in pasts],) * 2 + ([start + chunk],) * 2, strict=True
+    ):
+        for row, end in enumerate(ends):
+            np.testing.assert_allclose(found[row, :, :end], wanted[row, :, :end], rtol=1e-4, atol=1e-4)
+    alone = attention(*heads, size, 0.0, 128).kernel
+    names = ("keys", "values", "lengths", "longest")
+    (rows, *_) = alone.run(None, {"packed": feeds["packed"][0, chunk:, None], **{name: feeds[name] for name in names}})
+    of_chunk = {name: feeds[f"chunk_{name}"] for name in names}
+    (part, *_) = alone.run(None, {"packed": feeds["packed"][:, :chunk], **of_chunk})
+    np.testing.assert_array_equal(both[0][0], np.concatenate([part, rows.swapaxes(0, 1)], axis=1))
+
+
+@needs_kernels
+def test_a_mixed_attention_that_does_not_fit_is_refused() -> None:
+    asked = mixed_attention(3, 1, 16, 128).kernel
+    feeds = mixed_feeds(3, 1, 16, [4, 9], 5, 3, 1)
+    asked.run(None, feeds)
+    for wrong in (
+        {"split": np.array([6, 2], np.int64)},
+        {"split": np.array([-1, 8], np.int64)},
+        {"split": np.array([8, -1], np.int64)},
+        {"split": np.array([4, 3], np.int64)},
+        {"split": np.array([5], np.int64)},
+        {"packed": numbers(1, 1, 7, 40)},
+        {"packed": numbers(1, 1, 7, 160)},
+        {"packed": numbers(1, 2, 7, 80)},
+        {"chunk_keys": numbers(1, 2, 1, 128, 16)},
+        {"keys": numbers(1, 3, 1, 128, 16)},
+        {"chunk_lengths": np.array([2], np.int32)},
+        {"chunk_longest": np.array([4], np.int32)},
+        {"longest": np.array([2], np.int32)},
+        {"lengths": np.array([4, 130], np.int32)},
+    ):
+        with pytest.raises(Exception, match=r"do not fit|for other positions"):
+            asked.run(None, {**feeds, **wrong})
+
+
+@needs_kernels
+@bytes_are_ours
+def test_levels_next_to_the_middle_between_two_are_rounded_as_by_division() -> None:
+    """A product tells the whole number but there: rows of nothing else."""
+    weights, scales = np.eye(64, dtype=np.int8)[:, :64], np.ones(64, np.float32)
+    graph = Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1)
+    draw = np.random.default_rng(5)
+    largest = (10.0 ** draw.uniform(-38, 38, (1, 2000, 1))).astype(np.float32)
+    x = largest * ((draw.integers(-127, 127, (1, 2000, 64)) + 0.5) / 127).astype(np.float32)
+    x *= (1 + draw.integers(-3, 4, x.shape) * 2.0**-23).astype(np.float32)
+    x[..., :1] = largest
+    for found, wanted in graph.both(x=x):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@needs_kernels
 def test_a_row_does_not_feel_the_others_nor_how_many_they_are() -> None:
     weights, scales = in_bytes(1, 24, 200)
     blocks, of_blocks = in_blocks(1, 24, 200, 128)
@@ -314,8 +446,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(Exception, match=r"do not fit together|Invalid rank|INVALID_ARGUMENT"):
             asked.kernel.run(None, {**feeds, **wrong})
-    with pytest.raises(Exception, match="do not fit together"):
-        asked.kernel.run(None, {**feeds, "packed": numbers(1, 1, 1, 96)})
+    for wide in (5, 40, 96, 160):
+        with pytest.raises(Exception, match="do not fit together"):
+            asked.kernel.run(None, {**feeds, "packed": numbers(1, 1, 1, wide)})
 
 
 @needs_kernels

@@ -517,7 +517,7 @@ def test_replies_wait_longer_for_prompts_while_requests_wait_for_a_slot():
             read += tempo.reading(plan.tokens)
         return read / (tempo.step_s * 64)
 
-    few = DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * (4 / (HOLD_SHARE * 5 + 6)) ** 3
+    few = DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * 4 / (HOLD_SHARE * 5 + 6)
     assert delayed(0) == pytest.approx(few, abs=0.035), "a chunk takes a thirtieth"
     assert delayed(100) == pytest.approx(DELAY_MOST, abs=0.035)
 
@@ -589,7 +589,7 @@ def test_who_decodes_stays_in_neighbouring_rows():
 
 
 def test_one_that_is_apart_moves_and_not_everybody_else():
-    scheduler: Scheduler[int] = Scheduler(slots=8, limit=10)
+    scheduler: Scheduler[int] = Scheduler(slots=8, limit=10, mixes=True)
     entries = [scheduler.add(number, [number] * 20, priority=0, now=0.0) for number in range(8)]
     scheduler.plan(20)
     for entry in (entries[0], *entries[4:]):

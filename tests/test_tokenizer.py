@@ -25,6 +25,21 @@ def test_the_pieces_of_a_detokenizer_are_the_whole(tokenizer, text):
         assert not any("\ufffd" in piece for piece in pieces)
 
 
+@settings(deadline=None)
+@given(text=TEXT, parts=st.lists(st.integers(1, 12), max_size=30))
+def test_the_pieces_are_the_whole_however_many_tokens_come_together(tokenizer, text, parts):
+    detokenizer = Detokenizer(tokenizer)
+    tokens = tokenizer.encode_text(text)
+    pieces = []
+    for count in parts:
+        pieces.append(detokenizer.add(*tokens[:count]) if tokens else "")
+        del tokens[:count]
+    pieces += [detokenizer.add(token) for token in tokens]
+    assert "".join(pieces) + detokenizer.finish() == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
 def test_a_tokenizer_larger_than_its_model_is_refused(tokenizer, tmp_path):
     with pytest.raises(ModelFolderError, match="they do not belong together"):
         Tokenizer(tiny.tokenizer_json(tmp_path).read_bytes(), vocab_size=100)

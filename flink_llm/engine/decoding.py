@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flink_llm.engine.aside import Aside
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.job import Job, Said
-from flink_llm.engine.lookup import CERTAIN, GUESS, Costs, Lookup, Payoff
+from flink_llm.engine.lookup import CERTAIN, Costs, Lookup, Payoff
 from flink_llm.engine.metrics import ModelMetrics
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.preparing import Prepared, Preparing
@@ -141,12 +141,18 @@ class Decoding:
         if start == entry.shared:
             self._begin(entry, began)
         guess = self._guess_beyond(entry) if start + count == len(entry.prompt) else []
-        tokens = [*entry.prompt[start : start + count], *guess]
+        chunk = entry.prompt[start : start + count]
         try:
-            logits = self._decoder.read(_slot(entry), tokens, start, count - 1)
+            logits = self._decoder.read(_slot(entry), [*chunk, *guess], start, count - 1)
         except Exception as error:  # its prompt's, whatever it is: the others go on
-            return self._fail(entry, error, said)
-        self._meter.read(len(tokens), time.monotonic() - began, start)
+            if not guess:
+                return self._fail(entry, error, said)
+            guess = []
+            try:  # perhaps it was too long with the guess
+                logits = self._decoder.read(_slot(entry), chunk, start, count - 1)
+            except Exception as error:
+                return self._fail(entry, error, said)
+        self._meter.read(count + len(guess), time.monotonic() - began, start)
         if not guess:
             return self._have_read(entry, count, logits[0], said)
         self._scheduler.advance(entry, count)
@@ -224,7 +230,7 @@ class Decoding:
         return True
 
     def _guess(self, entry: Entry[_Generation], size: int) -> list[int]:
-        if not self._settings.speculation or not self._costs.allow(size, GUESS):
+        if not self._settings.speculation or not self._costs.allow_any(size):
             return []
         lookup, room = self._lookup(entry), self._room(entry)
         if room <= 0 or not entry.item.payoff.worth_it():

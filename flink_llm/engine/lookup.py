@@ -13,9 +13,8 @@ import numpy as np
 
 from flink_llm.engine.pace import smoothed
 
-AGREE = {32: 64, 16: 32, 8: 16, 4: 12, 3: 12, 2: 8}
+AGREE = {32: 64, 16: 32, 8: 12, 4: 12, 3: 12, 2: 8}
 """Tokens that must agree for a guess, tried from the most, and how many are guessed then at most."""
-GUESS = min(AGREE.values())
 CERTAIN = 8
 """So many agree by chance, or for the sake of a template, so seldom that the guess may be read with the prompt."""
 TRIAL, PAUSE = 3, 32
@@ -44,6 +43,8 @@ class Lookup:
         """What may come next before an end, at most `limit` tokens; empty where nothing is known, or fewer than
         `least` agree.
         """
+        if self._before(min(AGREE) * WIDTH) is None:  # nor do more
+            return []
         for size, most in AGREE.items():
             end = self._before(size * WIDTH) if size >= least else None
             if end is not None:
@@ -108,6 +109,10 @@ class Costs:
         length = guessed.bit_length()
         self._runs[length] = smoothed(self._runs.get(length), seconds)
         return self.tokens(size, seconds)
+
+    def allow_any(self, size: int) -> bool:
+        """Whether any guess can pay."""
+        return any(self.allow(size, guessed) for guessed in AGREE.values())
 
     def allow(self, size: int, guessed: int) -> bool:
         """Whether a guess of so many tokens can pay if it is right, as far as is known."""

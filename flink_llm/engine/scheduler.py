@@ -29,12 +29,15 @@ wait, to be read or for a slot, as there are slots; evenly between.
 
 A prompt that comes alone is read a little later; of a burst everybody is done later where its prompts wait, since a
 step of a few rows takes little less than one of all."""
-DELAY_GROWS_S = 10.0
-"""After so many seconds of being read a prompt that is alone delays replies as many do: it is not to wait for ever."""
+DELAY_OLD, DELAY_OLD_S = 6.0, 10.0
+"""How much longer still for a prompt that has been being read for so many seconds, by the square of how long: a long one
+is not to wait for ever behind a long reply."""
 FORESEEN = 64
 """Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
 SWAP_MOST = 512
 """Tokens up to which what slots hold is moved: others wait meanwhile."""
+SWAP_WORTH = 4
+"""For a prompt so many tokens are moved for each of its own that is to be read: a tenth of what that takes, or two."""
 CHUNK, CHUNK_LEAST = 512, 16
 """Tokens of a prompt that are read at once: while nobody waits for the next token, and at the least."""
 STEPS_WAITED, PROMPTS_MOST = 1.25, 3
@@ -227,8 +230,8 @@ class Scheduler(Generic[T]):
         """Of its own time, how much longer a reply may take for these prompts."""
         others = len(self._queue) + len(filling) - 1
         age = self._clock() - min(entry.began for entry in filling)
-        pressure = min(1.0, others / self._slots.count + age / DELAY_GROWS_S)
-        return DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * pressure
+        share = DELAY_LEAST + (DELAY_MOST - DELAY_LEAST) * min(1.0, others / self._slots.count)
+        return share + DELAY_OLD * min(1.0, age / DELAY_OLD_S) ** 2
 
     def _read(self, plan: Plan[T], filling: list[Entry[T]], most: int, tempo: Tempo) -> None:
         first = min(filling, key=lambda entry: entry.rank)
@@ -256,8 +259,8 @@ class Scheduler(Generic[T]):
             swaps.append(self._swap(*found))
             used = used - {found[0]} | {found[1]}
         filling = [entry for entry in self._running if entry.left]
-        if used and filling and (first := min(filling, key=_RANK)).slot is not None:
-            found = self._slots.beside(used, first.slot, SWAP_MOST)
+        if self._mixes and used and filling and (first := min(filling, key=_RANK)).slot is not None:
+            found = self._slots.beside(used, first.slot, min(SWAP_MOST, SWAP_WORTH * first.left))
             if found is not None:
                 swaps.append(self._swap(*found))
         return swaps

@@ -14,7 +14,7 @@ WINDOW = 8
 """Tokens decoded together: a character of UTF-8 has at most four bytes, each at most one token."""
 
 
-TURNS, REMEMBERED = 1024, 1000
+TURNS, REMEMBERED = 256, 1000
 """Turns of conversations whose tokens are remembered, of at most so many characters."""
 
 
@@ -180,7 +180,10 @@ class Detokenizer:
         self._end = 0
 
     def add(self, *tokens: int) -> str:
-        """The text that `tokens` make certain, often empty."""
+        """The text that `tokens` make certain, often empty.
+
+        Of `WINDOW` and more that make no whole character some may be lost, other ones one by one than together.
+        """
         self._tokens += tokens
         before = self._tokenizer.decode(self._tokens[self._start : self._end])
         after = self._tokenizer.decode(self._tokens[self._start :])

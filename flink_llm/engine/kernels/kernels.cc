@@ -339,7 +339,7 @@ struct Attention {
     TRY(make(api, context, 0, {given.sizes[0], given.sizes[1], made}, &to));
     Work work{};
     if constexpr (!Mixed) {
-      TRY(prepare(context, &work, given.sizes[0], given.sizes[1], given.as<float>(), 1, cosines, sines, to));
+      TRY(prepare(context, &work, given.sizes[0], given.sizes[1], given.sizes[2], given.as<float>(), 1, cosines, sines, to));
       if (work.rows == 0 || work.queries == 0) return nullptr;
       if (work.queries == 1) return one_by_one(context, work);
       TRY(share(api, context, work.heads(), [&work](int64_t head) { work.append(head); }));
@@ -352,8 +352,8 @@ struct Attention {
       if (many < 0 || rows < 0 || many + rows != given.sizes[1]) return api.fail(kNoFit);
       Work chunk{};
       const float* of_rows = given.as<float>() + many * given.sizes[2];
-      TRY(prepare(context, &work, rows, 1, of_rows, 1, cosines, sines, to + many * made));
-      TRY(prepare(context, &chunk, 1, many, given.as<float>(), 1 + kCache, cosines, sines, to));
+      TRY(prepare(context, &work, rows, 1, given.sizes[2], of_rows, 1, cosines, sines, to + many * made));
+      TRY(prepare(context, &chunk, 1, many, given.sizes[2], given.as<float>(), 1 + kCache, cosines, sines, to));
       const int64_t alone = work.heads();
       TRY(share(api, context, alone + (many ? chunk.heads() : 0), [&work, &chunk, alone](int64_t head) {
         if (head >= alone) return chunk.append(head - alone);
@@ -426,8 +426,8 @@ struct Attention {
   };
 
   // `cache`: the first input of it; what it becomes are the outputs from that number on, two for each cache.
-  ort::Status* prepare(ort::KernelContext* context, Work* to, int64_t rows, int64_t queries, const float* given, int cache,
-                       const Array& cosines, const Array& sines, float* made) const {
+  ort::Status* prepare(ort::KernelContext* context, Work* to, int64_t rows, int64_t queries, int64_t wide,
+                       const float* given, int cache, const Array& cosines, const Array& sines, float* made) const {
     Work& work = *to;
     Array keys, values, lengths, total;
     Array* inputs[] = {&keys, &values, &lengths, &total};
@@ -436,7 +436,7 @@ struct Attention {
     work.shape = shape;
     work.shape.size = keys.sizes[3];
     work.wide = (shape.heads + 2 * shape.kv_heads) * work.shape.size;
-    if (work.shape.size < 1 || work.shape.size % attention::kWide || keys.sizes[0] != rows ||
+    if (work.shape.size < 1 || work.shape.size % attention::kWide || work.wide != wide || keys.sizes[0] != rows ||
         keys.sizes[1] != shape.kv_heads || lengths.count() != rows) {
       return api.fail(kNoFit);
     }
