@@ -117,8 +117,8 @@ def _window(engine: Ours, shape: Shape, size: Size, bare: Bare, number: int) -> 
 
 @dataclass(frozen=True)
 class Heard:
-    """When a reply's tokens were heard, in seconds, the first as soon as the engine had it and the last with its end; how
-    many it has.
+    """When a reply's tokens were heard, in seconds, the first as soon as the engine had it and the last with its end;
+    how many it has.
 
     Random weights say bytes that are no whole character: such tokens are heard with a later one.
     """

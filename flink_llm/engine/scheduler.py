@@ -30,8 +30,8 @@ wait, to be read or for a slot, as there are slots; evenly between.
 A prompt that comes alone is read a little later; of a burst everybody is done later where its prompts wait, since a
 step of a few rows takes little less than one of all."""
 DELAY_OLD, DELAY_OLD_S = 6.0, 10.0
-"""How much longer still for a prompt that has been being read for so many seconds, by the square of how long: a long one
-is not to wait for ever behind a long reply."""
+"""How much longer still for a prompt that has been being read for so many seconds, by the square of how long: a long
+one is not to wait for ever behind a long reply."""
 FORESEEN = 64
 """Tokens of a reply to come that are counted on, where it may say so many: it may end before."""
 SWAP_MOST = 512
