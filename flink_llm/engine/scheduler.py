@@ -277,9 +277,11 @@ class Scheduler(Generic[T]):
         """Whether those who decode stand still for prompts of a burst.
 
         A step of a few costs little less than one of all, and short chunks of prompts cost more than long
-        ones: a burst is through earlier if its first replies wait for the others' prompts.
+        ones: a burst is through earlier if its first replies wait for the others' prompts. Not where these can be read
+        in the runs of their steps.
         """
-        return 0 < len(decoding) <= HOLD_SHARE * filling and all(entry.delayed < HOLD_S for entry in decoding)
+        few = 0 < len(decoding) <= HOLD_SHARE * filling
+        return not self._mixes and few and all(entry.delayed < HOLD_S for entry in decoding)
 
     def waited(self, seconds: float) -> None:
         """The prompts of the latest plan were read for so long: whoever decodes has waited for them."""
