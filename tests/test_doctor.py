@@ -1,6 +1,7 @@
 """The doctor, without Flink, broker or GPU: what it says, and that one bad part hides no other."""
 
 import importlib.metadata
+import sys
 
 import pytest
 import yaml
@@ -231,6 +232,17 @@ def test_an_adapter_that_the_model_has_not_is_named(job, tmp_path, capsys):
     doctor.examine(job(models={"support-chat": "model"}, chat={"adapter": "returns"}), tmp_path)
     found = lines(capsys)["✗ model support-chat"]
     assert found == f"chat.adapter: {tmp_path / 'model'}: unknown name 'returns'; known: none"
+
+
+def test_traces_need_opentelemetry_here_too(job, tmp_path, capsys, monkeypatch):
+    file = job(telemetry={"traces": "http://collector:4318/v1/traces"})
+    doctor.examine(file, tmp_path)
+    assert lines(capsys)["✓ traces"] == "sent to http://collector:4318/v1/traces"
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    assert not doctor.examine(file, tmp_path)
+    assert lines(capsys)["✗ traces"] == "telemetry.traces needs OpenTelemetry: pip install 'flink-llm[otel]'"
+    doctor.examine(job(), tmp_path)
+    assert not [name for name in lines(capsys) if "traces" in name]
 
 
 def test_lines_are_not_wrapped(job, tmp_path, capsys, monkeypatch):

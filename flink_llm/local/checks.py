@@ -30,6 +30,7 @@ from flink_llm.kafka_settings import (
 )
 from flink_llm.local import jars
 from flink_llm.names import nearest, unknown
+from flink_llm.telemetry_settings import TelemetrySettings
 
 SLOTS, MANAGERS = "taskmanager.numberOfTaskSlots", "minicluster.number-of-taskmanagers"
 FLAVOURS = {"onnxruntime": "cpu", "onnxruntime-gpu": "gpu"}
@@ -287,6 +288,12 @@ def model(path: str, adapter: str = "") -> str:
             raise ConfigError(unknown(f"chat.adapter: {version.folder}", adapter, manifest.adapters))
         found.append(f"{manifest.architecture}, {manifest.precision}, {opened.sha256[:12]} in {version.folder}")
     return "; ".join(found)
+
+
+def traces(telemetry: TelemetrySettings) -> str:
+    """Whether spans can be sent from here: the workers need the same."""
+    tracing.check(telemetry)
+    return f"sent to {telemetry.traces}"
 
 
 def features(config: JobConfig) -> str:

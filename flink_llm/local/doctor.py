@@ -77,6 +77,8 @@ def _checks(settings: JobConfig | None, state: Path | None) -> Iterator[tuple[st
         yield f"model {name}", partial(checks.model, folder, checks.adapter_of(settings, name))
     if settings.features is not None:
         yield "features", partial(checks.features, settings)
+    if settings.telemetry.traces is not None:
+        yield "traces", partial(checks.traces, settings.telemetry)
 
 
 def _local_broker(state: Path) -> str:
