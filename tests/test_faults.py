@@ -231,7 +231,7 @@ def test_a_failing_prefill_fails_alone(folder: Path) -> None:
     async def case(stage: Stage) -> None:
         decoder = stage.served._decoder
         poison = stage.served._preparing.tokenizer.encode_text("!")[0]
-        decoder.prefill = poisoned(decoder.prefill, poison, RuntimeError("out of bounds"))
+        decoder.read = poisoned(decoder.read, poison, RuntimeError("out of bounds"))
         decoder.read_together = poisoned(decoder.read_together, poison, RuntimeError("out of bounds"))
         goods = [stage.model.generate("good", max_tokens=20) for _ in range(3)]
         found = await asyncio.gather(outcome(stage.model.generate("bad!")), *(good._whole() for good in goods))

@@ -10,7 +10,8 @@ from rich.console import Console
 from flink_llm.local import demo_job
 
 CONNECT_S = 30.0
-TOPICS = ("chat.responses", "chat.tokens", "chat.failures")
+TOKENS = "chat.tokens"
+TOPICS = ("chat.responses", TOKENS, "chat.failures")
 
 
 class Talk:
@@ -58,8 +59,9 @@ class Talk:
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             self._check()
-            for records in self._consumer.poll(timeout_ms=100).values():
-                for record in records:
+            found = self._consumer.poll(timeout_ms=100)
+            for partition in sorted(found, key=lambda each: each.topic != TOKENS):  # before the reply they belong to
+                for record in found[partition]:
                     deadline = time.monotonic() + patience
                     yield record.topic, json.loads(record.value)
 
@@ -74,7 +76,7 @@ class Talk:
             if value["request_id"] != wanted:
                 continue
             begins()
-            if topic == "chat.tokens":
+            if topic == TOKENS:
                 streamed, pieces = streamed + value["text"], pieces + 1
                 self._console.print(value["text"], end="", highlight=False, markup=False, soft_wrap=True)
                 continue

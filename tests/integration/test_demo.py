@@ -15,7 +15,9 @@ MODEL = demo_job.shipped("models") / "support-chat"
 def test_every_event_is_answered_and_a_reply_is_streamed(tmp_path, capsys):
     assert Demo(tmp_path, 5).run()
     said = capsys.readouterr().out
-    [after] = re.findall(r"^first streamed reply after ([\d.]+) s$", said, re.MULTILINE)
+    # A reply of some ten milliseconds may overtake its tokens, which are another topic.
+    kinds = r"^first (?:streamed reply|reply \(its tokens came behind it\)) after ([\d.]+) s$"
+    [after] = re.findall(kinds, said, re.MULTILINE)
     assert 0 < float(after) < 180
     assert re.search(r"^> Where is order 1042\?\n+.*1042", said, re.MULTILINE)
     assert re.search(r"answered .* 5 of 5", said)
