@@ -221,6 +221,8 @@ class Scheduler(Generic[T]):
             plan.mixed = bool(self._mixes and plan.decode)
             at = tempo.mixed if plan.mixed else tempo
             self._read(plan, filling, most, at)
+            if held and self._mixes and not plan.beside:
+                continue  # it can be read in the runs of their steps
             if not (plan.prefill and decoding and tempo.known) or at.reading(plan.tokens) <= spare:
                 return plan
         plan.prefill, plan.beside = None, []
@@ -277,11 +279,11 @@ class Scheduler(Generic[T]):
         """Whether those who decode stand still for prompts of a burst.
 
         A step of a few costs little less than one of all, and short chunks of prompts cost more than long
-        ones: a burst is through earlier if its first replies wait for the others' prompts. Not where these can be read
-        in the runs of their steps.
+        ones: a burst is through earlier if its first replies wait for the others' prompts. Where one can be read in the
+        runs of their steps, they wait for several that are read together.
         """
         few = 0 < len(decoding) <= HOLD_SHARE * filling
-        return not self._mixes and few and all(entry.delayed < HOLD_S for entry in decoding)
+        return few and all(entry.delayed < HOLD_S for entry in decoding)
 
     def waited(self, seconds: float) -> None:
         """The prompts of the latest plan were read for so long: whoever decodes has waited for them."""
