@@ -502,6 +502,19 @@ def test_in_the_run_of_a_step_only_a_prompts_tokens_take_time():
     )
 
 
+@pytest.mark.parametrize(("lengths", "together"), [([40, 41, 40], True), ([40, 90, 140], False)])
+def test_where_prompts_can_be_read_in_the_runs_of_steps_only_several_together_hold_replies(lengths, together):
+    tempo = Tempo(step_s=0.1, run_s=0.001, token_s=0.0001)
+    scheduler: Scheduler[int] = Scheduler(slots=8, limit=10, mixes=True, clock=Clock())
+    reply = scheduler.add(0, prompt(1), priority=5, now=0.0, tokens=1000)
+    scheduler.advance(scheduler.plan(10).prefill[0], 1)
+    for number, length in enumerate(lengths, 1):
+        scheduler.add(number, prompt(length), priority=5, now=1.0)
+    plan = scheduler.plan(512, tempo)
+    assert (len(plan.beside), plan.mixed) == ((2, False) if together else (0, True))
+    assert plan.decode == ([] if together else [reply])
+
+
 def test_replies_wait_longer_for_prompts_while_requests_wait_for_a_slot():
     tempo = Tempo(step_s=0.01, token_s=0.001)
 

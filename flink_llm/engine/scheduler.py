@@ -204,8 +204,8 @@ class Scheduler(Generic[T]):
         """What to do in the next step, `most` tokens of a prompt where nobody waits for them.
 
         No prompt is read where that would delay a reply by more than a share of its own time (`DELAY_LEAST` to
-        `DELAY_MOST`), as far as `tempo` tells. The caller runs the plan, then says `waited` and `advance` of all that
-        it prefilled, and `decoded` of each token.
+        `DELAY_MOST`, and what `DELAY_OLD` adds), as far as `tempo` tells. The caller runs the plan, then says `waited`
+        and `advance` of all that it prefilled, and `decoded` of each token.
         """
         plan: Plan[T] = Plan(self._admit(), self._close_up())
         decoding = self._decoding = [entry for entry in self._running if not entry.left]
