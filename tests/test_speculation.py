@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import export_decoder
 from flink_llm.engine.generation import Model
@@ -128,3 +129,29 @@ def test_a_guess_may_be_read_with_the_prompt(folder, monkeypatch, options, right
     assert counted["right"] == min(right, 29) and counted["wrong"] == (right < 30), "it was not read with the prompt"
     assert (again.text, again.finish_reason, again.usage) == (plain.text, plain.finish_reason, plain.usage)
     assert followed.text == alone.text
+
+
+def test_a_run_that_fails_with_a_guess_is_made_without(folder, monkeypatch):
+    read = Decoder.read
+    failed = []
+
+    def failing(self, slot, tokens, start, first=0):
+        if len(tokens) > 20:
+            failed.append(len(tokens))
+            raise MemoryError("too long")
+        return read(self, slot, tokens, start, first)
+
+    async def run():
+        table = WorkTable(OnnxBackend(HostSettings(device="cpu", slots=2, threads=1)))
+        model = Model(table, "tiny", str(folder))
+        await model.load()
+        monkeypatch.setattr(Lookup, "guess", lambda self, limit=None, least=0: [])
+        plain = await model.generate("and so it goes", max_tokens=9)
+        monkeypatch.setattr(Decoder, "read", failing)
+        monkeypatch.setattr(Lookup, "guess", lambda self, limit=None, least=0: [7] * 30 if least else [])
+        again = await model.generate("and so it goes", max_tokens=9)
+        await table.close()
+        return plain.text, again.text
+
+    plain, again = asyncio.run(run())
+    assert again == plain and len(failed) == 1

@@ -136,23 +136,19 @@ class Decoding:
         self._scheduler = self._new_scheduler()
         return [*self._aside.drop(), *(entry.item.job for entry in entries.values())]
 
-    def _prefill(self, entry: Entry[_Generation], start: int, count: int, said: Said) -> None:
+    def _prefill(self, entry: Entry[_Generation], start: int, count: int, said: Said, *, guessing: bool = True) -> None:
         began = time.monotonic()
         if start == entry.shared:
             self._begin(entry, began)
-        guess = self._guess_beyond(entry) if start + count == len(entry.prompt) else []
-        chunk = entry.prompt[start : start + count]
+        guess = self._guess_beyond(entry) if guessing and start + count == len(entry.prompt) else []
+        tokens = [*entry.prompt[start : start + count], *guess]
         try:
-            logits = self._decoder.read(_slot(entry), [*chunk, *guess], start, count - 1)
+            logits = self._decoder.read(_slot(entry), tokens, start, count - 1)
         except Exception as error:  # its prompt's, whatever it is: the others go on
-            if not guess:
-                return self._fail(entry, error, said)
-            guess = []
-            try:  # perhaps it was too long with the guess
-                logits = self._decoder.read(_slot(entry), chunk, start, count - 1)
-            except Exception as error:
-                return self._fail(entry, error, said)
-        self._meter.read(count + len(guess), time.monotonic() - began, start)
+            if guess:  # perhaps it was too long with that
+                return self._prefill(entry, start, count, said, guessing=False)
+            return self._fail(entry, error, said)
+        self._meter.read(len(tokens), time.monotonic() - began, start)
         if not guess:
             return self._have_read(entry, count, logits[0], said)
         self._scheduler.advance(entry, count)
