@@ -17,13 +17,19 @@ from benchmarks.machine import cpu_flags
 from flink_llm.engine import native
 from flink_llm.engine.functions import BLOCK_ATTRIBUTES, DOMAIN, complete
 
-needs_kernels = pytest.mark.skipif(
-    native.library() is None or "avx512_vnni" not in cpu_flags(), reason="the kernels are for AVX-512 and VNNI"
-)
+needs_kernels = pytest.mark.skipif(not native.usable(), reason="the kernels are for AVX2 and AVX-512")
 bytes_are_ours = pytest.mark.skipif("amx_int8" in cpu_flags(), reason="products of bytes are ONNX Runtime's with AMX")
 EVERY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+WAYS = ["avx2"] if native.usable() == native.AVX2 else ["on", "avx2"]
 sizes = st.integers(1, 150)
 rows = st.one_of(st.integers(1, 37), st.integers(60, 130))
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the kernels run by, each in turn where the processor has both."""
+    monkeypatch.setenv(native.OFF, request.param)
+    return request.param
 
 
 class Graph:
@@ -96,6 +102,38 @@ def test_products_in_bytes_are_the_functions_to_the_bit(
 
     for found, wanted in graph.both(x=numbers(seed, 1, count, inputs)):
         np.testing.assert_array_equal(found, wanted)
+
+
+@needs_kernels
+@bytes_are_ours
+@pytest.mark.parametrize("count", [1, 3, 5, 40])
+def test_weights_of_more_levels_are_no_less_exact(count: int) -> None:
+    weights, scales = in_bytes(3, 9, 200)
+    weights[4, 7] = 127
+    weights[5] = -128
+    graph = Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1)
+    x = numbers(5, 1, count, 200)
+    x[0, 0] = 1e3
+    largest = np.abs(x[0]).max(axis=-1, keepdims=True)
+    levels = np.rint(np.divide(x[0] * 127, largest, where=largest > 0, out=np.zeros_like(x[0])).astype(float))
+
+    ((found, _),) = graph.both(x=x)  # ONNX Runtime's product may saturate there
+    wanted = levels @ weights.T.astype(float) * scales * largest
+    one = largest * scales.max() * 128  # a level that is rounded to either side
+    np.testing.assert_array_less(np.abs(found[0] - wanted), one + 1e-5 * np.abs(wanted) + 1e-9)
+
+
+@needs_kernels
+@bytes_are_ours
+def test_extremes_of_bytes_do_not_saturate() -> None:
+    weights = np.array([[64], [-64]], np.int8).repeat(640, axis=1)
+    x = np.ones((1, 6, 640), np.float32)
+    x[0, 1::2] = -1
+    graph = Graph("RowLinear", {"w": weights, "s": np.full(2, 1 / 127, np.float32)}, {"x": (3, FLOAT)}, 1)
+
+    ((found, function),) = graph.both(x=x)
+    np.testing.assert_array_equal(found, function)
+    np.testing.assert_array_equal(np.abs(found), np.float32(64 * 640))
 
 
 def in_blocks(seed: int, columns: int, inputs: int, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -502,9 +540,9 @@ def test_the_kernels_are_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kinds(True) == {"MatMulIntegerToFloat"}
 
 
-def test_it_is_said_whether_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usable = native.library() is not None and "avx512_vnni" in cpu_flags()
-    assert native.state().startswith("in use") == usable
+def test_it_is_said_whether_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    usable = native.library() is not None and "avx2" in cpu_flags()
+    assert native.state().startswith("in use, by AVX2" if way == "avx2" else "in use, by AVX-512") == usable
     (tmp_path / "broken.so").write_bytes(b"not a library")
     with monkeypatch.context() as patched:
         patched.setattr(native, "library", lambda: str(tmp_path / "broken.so"))

@@ -1,7 +1,7 @@
 """Kernels of our own for `functions`: a library in C++ beside this package, where a compiler was there to build it.
 
-It is built when flink-llm is installed from its source (`kernels/`). Without it, and on a processor without AVX-512
-and VNNI, ONNX Runtime's own operators run: the same model, slower.
+It is built when flink-llm is installed from its source (`kernels/`). Without it, and on a processor without AVX2,
+ONNX Runtime's own operators run: the same model, slower.
 """
 
 import ctypes
@@ -12,8 +12,15 @@ import os
 import onnxruntime as ort
 
 OFF = "FLINK_LLM_KERNELS"
-"""An environment variable: `off` leaves them out, to compare."""
-_BUT_BYTES = 2
+"""An environment variable, to compare: `off` leaves them out, `avx2` takes those for AVX2 on every processor."""
+AVX2 = 3
+"""What `usable` says of it."""
+_STATES = {
+    0: "not for this processor, which lacks AVX2",
+    1: "in use, by AVX-512 and VNNI",
+    2: "in use, by AVX-512, but for products of bytes, which ONNX Runtime has by AMX",
+    AVX2: "in use, by AVX2",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -33,12 +40,15 @@ def state() -> str:
             return f"left out: {OFF} is off"
         return "not built, models run slower on a CPU: install a C++ compiler (g++), then flink-llm once more"
     try:
-        usable = ctypes.CDLL(path).flink_llm_kernels_usable()
+        return _STATES[usable()]
     except (OSError, AttributeError) as error:
         return f"cannot be loaded, models run slower on a CPU: {error}"
-    if usable == _BUT_BYTES:
-        return "in use, but for products of bytes, which ONNX Runtime has by AMX"
-    return "in use" if usable else "not for this processor, which lacks AVX-512 or its VNNI"
+
+
+def usable() -> int:
+    """What they run by here, 0 where they do not. Raises OSError, AttributeError: the library cannot be loaded."""
+    path = library()
+    return ctypes.CDLL(path).flink_llm_kernels_usable() if path else 0
 
 
 def register(options: ort.SessionOptions) -> None:

@@ -4,32 +4,41 @@
 // built, or the processor lacks what it needs, those run.
 #include <cpuid.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <type_traits>
 #include <vector>
 
 #include "abi.h"
-#include "attention.h"
-#include "panels.h"
-#include "products.h"
+#include "avx2.h"
+#include "avx512.h"
+#include "shapes.h"
 
 namespace {
 
 using namespace products;
 
-bool usable() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
-}
+// What the kernels run by. `kMatrices`: AVX-512 with AMX, where products of bytes are left to ONNX Runtime, which has them
+// by the latter (not measured beside these).
+enum Way { kNone = 0, kAvx512 = 1, kMatrices = 2, kAvx2 = 3 };
 
-// Products of bytes are left to ONNX Runtime there, which has them by AMX (not measured beside these).
-bool has_amx() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+Way way() {
+  __builtin_cpu_init();
+  const char* said = std::getenv("FLINK_LLM_KERNELS");
+  const bool less = said && std::strcmp(said, "avx2") == 0;
+  if (!less && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni")) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 ? kMatrices : kAvx512;
+  }
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2 : kNone;
 }
 
 #define TRY(call)                        \
@@ -132,13 +141,14 @@ ort::Status* constant(const ort::Api& api, const ort::KernelInfo* info, size_t n
 
 // The products of one input by several matrices; or what a gated unit makes of two, gate and up. Where the input is
 // skipped over, it is two, `x` and `skip`: their sum is given back, and its norm is what is multiplied.
-template <typename Rows, typename Matrix>
+template <typename Isa, typename Rows, typename Matrix>
 struct Product {
   ort::Api api;
   std::vector<Matrix> matrices;
   std::vector<std::vector<int32_t>> sums;
   int64_t inputs = 0;
   bool skips = false, gated = false;
+  static constexpr bool kBytes = std::is_same_v<Matrix, Bytes>;
   float epsilon = 0;
 
   ort::Status* run(ort::KernelContext* context) const {
@@ -173,20 +183,17 @@ struct Product {
     } else {
       work.rows_of(0, count);
     }
-    const int64_t bytes = columns * inputs * (gated ? 2 : 1) * ((count + kRows - 1) / kRows);
+    const int64_t bytes = columns * inputs * (gated ? 2 : 1) * ((count + 3) / 4);
     int64_t tasks = bytes / kTask;
     tasks = tasks < 2 ? 2 : tasks > 64 ? 64 : tasks;
-    work.share = up((columns + tasks - 1) / tasks, turns(count) ? kPanel<Matrix> : kColumns);
+    work.share = up((columns + tasks - 1) / tasks, Isa::together(matrices[0], count));
     tasks = 0;
     for (int64_t i = 0; i < made; i++) tasks += work.shares(i);
     return share(api, context, tasks, [&work](int64_t i) { work.columns_of(i); });
   }
 
  private:
-  // Of how many rows on turning a panel is worth it: sooner where that unpacks it as well, and where columns are so short
-  // that sums across their registers take longer.
-  bool turns(int64_t rows) const { return rows >= (std::is_same_v<Matrix, Bytes> && inputs > kShort ? 36 : 16); }
-  static constexpr int64_t kShort = 256, kMatrices = 3, kRowsShared = 32, kRowsOfTask = 8, kTask = 1 << 17;
+  static constexpr int64_t kProducts = 3, kRowsShared = 32, kRowsOfTask = 8, kTask = 1 << 17;
 
   struct Work {
     const Product* product;
@@ -195,7 +202,7 @@ struct Product {
     const float* gain = nullptr;
     float* sum = nullptr;
     float* normed = nullptr;
-    float* to[kMatrices] = {};
+    float* to[kProducts] = {};
     int64_t count = 0, share = 0;
     Rows rows{};
 
@@ -204,10 +211,10 @@ struct Product {
       for (int64_t row = from; row < count && row < from + many; row++) {
         const float* source = x + row * wide;
         if (skip) {
-          skip_norm(source, skip + row * wide, gain, product->epsilon, wide, sum + row * wide, normed + row * wide);
+          Isa::skip_norm(source, skip + row * wide, gain, product->epsilon, wide, sum + row * wide, normed + row * wide);
           source = normed + row * wide;
         }
-        quantize(source, row, rows);
+        Isa::to_levels(source, row, rows);
       }
     }
     int64_t shares(int64_t matrix) const { return (product->matrices[matrix].columns + share - 1) / share; }
@@ -218,43 +225,28 @@ struct Product {
       const Matrix& of = product->matrices[matrix];
       const int64_t begin = task * share, end = begin + share < of.columns ? begin + share : of.columns;
       const Matrix* other = product->gated ? &product->matrices[1] : nullptr;
-      if (product->turns(count)) {
-        panels.begin(length(of) * kPanel<Matrix> * 2);
-        by_panels(rows, count, of, other, begin, end, panels.take<int8_t>(length(of) * kPanel<Matrix> * 2), to[matrix]);
-      } else {
-        columns(rows, count, of, other, begin, end, to[matrix]);
-      }
+      const int64_t room = Isa::room(of, count);
+      panels.begin(room);
+      Isa::multiply(rows, count, of, other, begin, end, panels.take<int8_t>(room), to[matrix]);
     }
   };
 
-  static void quantize(const float* x, int64_t row, const RowBytes& to) { to_bytes(x, row, to); }
-  static void quantize(const float* x, int64_t row, const RowBlocks& to) { to_blocks(x, row, to); }
-
   void prepare(Work* work) const {
-    Rows& rows = work->rows;
     const int64_t count = work->count, norms = skips ? count * inputs : 0;
-    rows.inputs = inputs;
-    if constexpr (std::is_same_v<Rows, RowBytes>) {
-      rows.wide = up(inputs, kWide);
-      scratch.begin(count * (rows.wide + 4) + 4 * norms + 256);
-      rows.bytes = scratch.take<uint8_t>(count * rows.wide);
-      rows.largest = scratch.take<float>(count);
-    } else {
-      rows.block = matrices[0].block;
-      rows.blocks = matrices[0].blocks;
-      scratch.begin(count * rows.blocks * (rows.block + 8) + 4 * norms + 256);
-      rows.bytes = scratch.take<int8_t>(count * rows.blocks * rows.block);
-      rows.middles = scratch.take<int32_t>(count * rows.blocks);
-      rows.scales = scratch.take<float>(count * rows.blocks);
-    }
+    scratch.begin(count * Isa::row(matrices[0]) + 4 * norms + 256);
+    Isa::take(scratch, matrices[0], count, &work->rows);
+    work->rows.inputs = inputs;
     work->normed = scratch.take<float>(norms);
   }
 };
 
-using Eight = Product<RowBytes, Bytes>;
-using Four = Product<RowBlocks, Blocks>;
+template <typename Isa>
+using Eight = Product<Isa, typename Isa::RowBytes, Bytes>;
+template <typename Isa>
+using Four = Product<Isa, typename Isa::RowBlocks, Blocks>;
 
-ort::Status* add(Eight* to, const ort::KernelInfo* info, size_t number) {
+template <typename Isa>
+ort::Status* add(Eight<Isa>* to, const ort::KernelInfo* info, size_t number) {
   Array weights, scales;
   TRY(constant(to->api, info, number, &weights));
   TRY(constant(to->api, info, number + 1, &scales));
@@ -266,12 +258,19 @@ ort::Status* add(Eight* to, const ort::KernelInfo* info, size_t number) {
   const int64_t columns = weights.sizes[0];
   to->inputs = weights.sizes[1];
   to->sums.emplace_back(columns);
-  middles(weights.as<int8_t>(), columns, to->inputs, to->sums.back().data());
-  to->matrices.push_back({weights.as<int8_t>(), scales.as<float>(), to->sums.back().data(), columns, to->inputs});
+  const auto* bytes = weights.as<int8_t>();
+  bool small = true;
+  for (int64_t n = 0; n < columns; n++) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < to->inputs; k++, bytes++) sum += *bytes, small &= *bytes >= -64 && *bytes <= 64;
+    to->sums.back()[n] = 128 * sum;
+  }
+  to->matrices.push_back({weights.as<int8_t>(), scales.as<float>(), to->sums.back().data(), columns, to->inputs, small});
   return nullptr;
 }
 
-ort::Status* add(Four* to, const ort::KernelInfo* info, size_t number) {
+template <typename Isa>
+ort::Status* add(Four<Isa>* to, const ort::KernelInfo* info, size_t number) {
   Array weights, scales;
   TRY(constant(to->api, info, number, &weights));
   TRY(constant(to->api, info, number + 1, &scales));
@@ -316,10 +315,10 @@ ort::Status* create(const ort::Operator*, const void* const* table, const ort::K
 
 // GroupQueryAttention with rotated positions over a cache that is appended to: queries, keys and values in one input.
 // `Mixed`: of a part of one prompt, and of a token of each of some rows, which are all in one row of it.
-template <bool Mixed>
+template <typename Isa, bool Mixed>
 struct Attention {
   static constexpr int64_t kAlone = 64, kQueriesOfTask = 32;
-  static constexpr int64_t kTurned = 16;  // queries from which on it is worth while to turn their keys
+  static constexpr int64_t kQueries = 4;  // of a tile
   static constexpr int kCache = 4;        // inputs that are a cache: keys, values, lengths, the longest
   static constexpr int first = Mixed ? 2 + 2 * kCache : 1 + kCache;  // of what is of the model
   ort::Api api;
@@ -385,24 +384,23 @@ struct Attention {
       for (int64_t i = 0; i < queries; i++) {
         const float* token = given + (row * queries + i) * wide + (shape.heads + head) * size;
         const int64_t turn = (before + i) * shape.rotated / 2;
-        attention::rotate(token, cosines + turn, sines + turn, shape, to_keys + (before + i) * size);
+        Isa::rotate(token, cosines + turn, sines + turn, shape, to_keys + (before + i) * size);
         std::memcpy(to_values + (before + i) * size, token + shape.kv_heads * size, size * sizeof(float));
       }
     }
 
     // Queries `from` to `until` of the heads that share one of keys and values.
     void attend(int64_t number, int64_t from, int64_t until) const {
-      using attention::kQueries;
       const int64_t row = number / shape.kv_heads, head = number % shape.kv_heads, before = past(row), size = shape.size;
-      const int64_t group = shape.heads / shape.kv_heads, room = up(before + until + attention::kKeys, 16);
+      const int64_t group = shape.heads / shape.kv_heads, room = up(before + until + 4, 16);
       const int64_t many = (until - from) * group;
-      const int64_t turned_keys = many < kTurned ? 0 : up(before + until, 16);
+      const int64_t turned_keys = many < Isa::kTurned ? 0 : up(before + until, 16);
       scratch.begin(sizeof(float) * (kQueries * (size + room) + size * turned_keys) + 256);
       float* turned = scratch.take<float>(kQueries * size);
       float* scores = scratch.take<float>(kQueries * room);
       const attention::Head of{keys + number * places * size, values + number * places * size};
       float* sixteens = turned_keys ? scratch.take<float>(size * turned_keys) : nullptr;
-      if (sixteens) attention::turn(of, shape, before + until, sixteens);
+      if (sixteens) Isa::turn(of, shape, before + until, sixteens);
       for (int64_t done = 0; done < many; done += kQueries) {
         const int64_t count = many - done < kQueries ? many - done : kQueries;
         const float* asked[kQueries] = {};
@@ -412,15 +410,15 @@ struct Attention {
           const int64_t i = from + (done + r) / group, of_group = head * group + (done + r) % group;
           const int64_t turn = (before + i) * shape.rotated / 2;
           asked[r] = turned + r * size;
-          attention::rotate(given + (row * queries + i) * wide + of_group * size, cosines + turn, sines + turn, shape,
+          Isa::rotate(given + (row * queries + i) * wide + of_group * size, cosines + turn, sines + turn, shape,
                             turned + r * size);
           made[r] = to + ((row * queries + i) * shape.heads + of_group) * size;
           seen[r] = before + i + 1;
         }
-        if (count == 4) attention::attend<4>(asked, of, sixteens, shape, seen, scores, room, made);
-        if (count == 3) attention::attend<3>(asked, of, sixteens, shape, seen, scores, room, made);
-        if (count == 2) attention::attend<2>(asked, of, sixteens, shape, seen, scores, room, made);
-        if (count == 1) attention::attend<1>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 4) Isa::template attend<4>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 3) Isa::template attend<3>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 2) Isa::template attend<2>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 1) Isa::template attend<1>(asked, of, sixteens, shape, seen, scores, room, made);
       }
     }
   };
@@ -436,7 +434,7 @@ struct Attention {
     work.shape = shape;
     work.shape.size = keys.sizes[3];
     work.wide = (shape.heads + 2 * shape.kv_heads) * work.shape.size;
-    if (work.shape.size < 1 || work.shape.size % attention::kWide || work.wide != wide || keys.sizes[0] != rows ||
+    if (work.shape.size < 1 || work.shape.size % 16 || work.wide != wide || keys.sizes[0] != rows ||
         keys.sizes[1] != shape.kv_heads || lengths.count() != rows) {
       return api.fail(kNoFit);
     }
@@ -531,7 +529,7 @@ ort::Operator describe_product(const char* (*name)(const ort::Operator*)) {
   ort::Operator op = describe<Kernel>(name);
   op.input_type = [](const ort::Operator*, size_t number) {
     if (number < Of::first || number % 2 == 0) return ort::kFloat;
-    return std::is_same_v<Kernel, Eight> ? ort::kInt8 : ort::kUint8;
+    return Kernel::kBytes ? ort::kInt8 : ort::kUint8;
   };
   op.input_count = [](const ort::Operator*) -> size_t { return Of::first + 2 * Of::matrices; };
   op.output_count = [](const ort::Operator*) -> size_t { return (Of::gated ? 1 : Of::matrices) + (Of::skips ? 1 : 0); };
@@ -555,39 +553,56 @@ ort::Operator describe_attention(const char* (*name)(const ort::Operator*)) {
 
 #define NAME(text) [](const ort::Operator*) -> const char* { return text; }
 
+template <typename Isa>
+bool add_products(const ort::Api& api, ort::Domain* to) {
+  using Bytes = Eight<Isa>;
+  static const ort::Operator all[] = {
+      describe_product<Bytes, Form<1, false, false>>(NAME("RowLinear")),
+      describe_product<Bytes, Form<2, false, false>>(NAME("RowLinear2")),
+      describe_product<Bytes, Form<3, false, false>>(NAME("RowLinear3")),
+      describe_product<Bytes, Form<1, true, false>>(NAME("SkipRowLinear")),
+      describe_product<Bytes, Form<2, true, true>>(NAME("SkipGatedRowLinear")),
+  };
+  return std::all_of(std::begin(all), std::end(all), [&](const auto& op) { return !api.add(to, &op); });
+}
+
+template <typename Isa>
+bool add_others(const ort::Api& api, ort::Domain* to) {
+  using Blocks = Four<Isa>;
+  static const ort::Operator all[] = {
+      describe_product<Blocks, Form<1, false, false>>(NAME("BlockLinear")),
+      describe_product<Blocks, Form<1, true, false>>(NAME("SkipBlockLinear")),
+      describe_product<Blocks, Form<2, true, true>>(NAME("SkipGatedBlockLinear")),
+      describe_attention<Attention<Isa, false>>(NAME("RotaryAttention")),
+      describe_attention<Attention<Isa, true>>(NAME("MixedAttention")),
+  };
+  return std::all_of(std::begin(all), std::end(all), [&](const auto& op) { return !api.add(to, &op); });
+}
+
+template <typename Isa, bool Products>
+ort::Domain* domain(const ort::Api& api) {
+  static ort::Domain* kept = [&] {
+    ort::Domain* made = nullptr;
+    if (api.new_domain("flink_llm", &made)) return static_cast<ort::Domain*>(nullptr);
+    const bool added = add_others<Isa>(api, made) && (!Products || add_products<Isa>(api, made));
+    return added ? made : static_cast<ort::Domain*>(nullptr);
+  }();
+  return kept;
+}
+
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int flink_llm_kernels_usable() {
-  return usable() ? has_amx() ? 2 : 1 : 0;
-}
+extern "C" __attribute__((visibility("default"))) int flink_llm_kernels_usable() { return way(); }
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                                   const ort::ApiBase* base) {
-  if (!usable()) return nullptr;
+  const Way by = way();
+  if (by == kNone) return nullptr;
   const void* const* table = base->get_api(ort::kVersion);
   if (!table) return nullptr;  // an ONNX Runtime before 1.18
-  static const ort::Operator in_bytes[] = {
-      describe_product<Eight, Form<1, false, false>>(NAME("RowLinear")),
-      describe_product<Eight, Form<2, false, false>>(NAME("RowLinear2")),
-      describe_product<Eight, Form<3, false, false>>(NAME("RowLinear3")),
-      describe_product<Eight, Form<1, true, false>>(NAME("SkipRowLinear")),
-      describe_product<Eight, Form<2, true, true>>(NAME("SkipGatedRowLinear")),
-  };
-  static const ort::Operator others[] = {
-      describe_product<Four, Form<1, false, false>>(NAME("BlockLinear")),
-      describe_product<Four, Form<1, true, false>>(NAME("SkipBlockLinear")),
-      describe_product<Four, Form<2, true, true>>(NAME("SkipGatedBlockLinear")),
-      describe_attention<Attention<false>>(NAME("RotaryAttention")),
-      describe_attention<Attention<true>>(NAME("MixedAttention")),
-  };
   const ort::Api api(table);
-  static ort::Domain* domain = [&] {
-    ort::Domain* made = nullptr;
-    if (api.new_domain("flink_llm", &made)) return static_cast<ort::Domain*>(nullptr);
-    bool added = true;
-    for (const auto& op : others) added = added && !api.add(made, &op);
-    for (const auto& op : in_bytes) added = added && (has_amx() || !api.add(made, &op));
-    return added ? made : static_cast<ort::Domain*>(nullptr);
-  }();
-  return domain ? api.add(options, domain) : api.fail("the operators could not be registered");
+  ort::Domain* made = by == kAvx2     ? domain<avx2::Isa, true>(api)
+                      : by == kAvx512 ? domain<avx512::Isa, true>(api)
+                                      : domain<avx512::Isa, false>(api);
+  return made ? api.add(options, made) : api.fail("the operators could not be registered");
 }
