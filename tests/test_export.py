@@ -73,7 +73,7 @@ def difference_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Of logits, as they are on a machine that has the kernels and on one that has not."""
     found = []
     for kernels in ("on", "off"):
-        monkeypatch.setenv(native.OFF, kernels)
+        monkeypatch.setenv(native.VARIABLE, kernels)
         decoder = Decoder(open_model_folder(folder), device="cpu", threads=2, slots=3)
         read = [decoder.prefill(slot, [5 + slot, 6, 7] * (1 + slot), 0).copy() for slot in range(3)]
         found.append([*read, *decoder.step([0, 1, 2], [8, 9, 10]).copy()])

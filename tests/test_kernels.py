@@ -17,10 +17,12 @@ from benchmarks.machine import cpu_flags
 from flink_llm.engine import native
 from flink_llm.engine.functions import BLOCK_ATTRIBUTES, DOMAIN, complete
 
-needs_kernels = pytest.mark.skipif(not native.usable(), reason="the kernels are for AVX2 and AVX-512")
-bytes_are_ours = pytest.mark.skipif("amx_int8" in cpu_flags(), reason="products of bytes are ONNX Runtime's with AMX")
+AVX512, AMX = "avx512_vnni" in cpu_flags(), "amx_int8" in cpu_flags()
+needs_kernels = pytest.mark.skipif(
+    native.library() is None or "avx2" not in cpu_flags(), reason="the kernels are for AVX2 and AVX-512"
+)
+WAYS = ["on", "avx2"] if AVX512 else ["avx2"]
 EVERY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-WAYS = ["avx2"] if native.usable() == native.AVX2 else ["on", "avx2"]
 sizes = st.integers(1, 150)
 rows = st.one_of(st.integers(1, 37), st.integers(60, 130))
 
@@ -28,8 +30,14 @@ rows = st.one_of(st.integers(1, 37), st.integers(60, 130))
 @pytest.fixture(autouse=True, params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the kernels run by, each in turn where the processor has both."""
-    monkeypatch.setenv(native.OFF, request.param)
+    monkeypatch.setenv(native.VARIABLE, request.param)
     return request.param
+
+
+@pytest.fixture
+def bytes_are_ours(way: str) -> None:
+    if AMX and way == "on":
+        pytest.skip("products of bytes are ONNX Runtime's with AMX")
 
 
 class Graph:
@@ -105,7 +113,7 @@ def test_products_in_bytes_are_the_functions_to_the_bit(
 
 
 @needs_kernels
-@bytes_are_ours
+@pytest.mark.usefixtures("bytes_are_ours")
 @pytest.mark.parametrize("count", [1, 3, 5, 40])
 def test_weights_of_more_levels_are_no_less_exact(count: int) -> None:
     weights, scales = in_bytes(3, 9, 200)
@@ -124,7 +132,7 @@ def test_weights_of_more_levels_are_no_less_exact(count: int) -> None:
 
 
 @needs_kernels
-@bytes_are_ours
+@pytest.mark.usefixtures("bytes_are_ours")
 def test_extremes_of_bytes_do_not_saturate() -> None:
     weights = np.array([[64], [-64]], np.int8).repeat(640, axis=1)
     x = np.ones((1, 6, 640), np.float32)
@@ -388,7 +396,7 @@ def test_a_mixed_attention_that_does_not_fit_is_refused() -> None:
 
 
 @needs_kernels
-@bytes_are_ours
+@pytest.mark.usefixtures("bytes_are_ours")
 def test_levels_next_to_the_middle_between_two_are_rounded_as_by_division() -> None:
     """A product tells the whole number but there: rows of nothing else."""
     weights, scales = np.eye(64, dtype=np.int8)[:, :64], np.ones(64, np.float32)
@@ -420,7 +428,7 @@ def test_a_row_does_not_feel_the_others_nor_how_many_they_are() -> None:
 
 
 @needs_kernels
-@bytes_are_ours
+@pytest.mark.usefixtures("bytes_are_ours")
 def test_a_row_that_is_no_number_is_none_and_leaves_the_others_alone() -> None:
     weights, scales = in_bytes(1, 24, 70)
     graph = Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1)
@@ -452,7 +460,7 @@ def test_scores_that_are_no_numbers_are_none() -> None:
 
 
 @needs_kernels
-@bytes_are_ours
+@pytest.mark.usefixtures("bytes_are_ours")
 def test_inputs_that_do_not_fit_are_refused() -> None:
     weights, scales = in_bytes(1, 24, 70)
     graph = Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1)
@@ -501,9 +509,11 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ("SkipGatedBlockLinear", in_blocks(1, 8, 100, 128), in_blocks(1, 9, 100, 128), "of different sizes"),
     ],
 )
-def test_matrices_that_do_not_fit_are_refused_at_the_load(kind: str, first: Any, second: Any, text: str) -> None:
-    if "Row" in kind and "amx_int8" in cpu_flags():
-        pytest.skip("products of bytes are ONNX Runtime's with AMX")
+def test_matrices_that_do_not_fit_are_refused_at_the_load(
+    kind: str, first: Any, second: Any, text: str, request: pytest.FixtureRequest
+) -> None:
+    if "Row" in kind:
+        request.getfixturevalue("bytes_are_ours")
     weights = {"w0": first[0], "s0": first[1], "w1": second[0], "s1": second[1]}
     inputs: dict[str, Any] = {"x": (3, FLOAT)}
     own: dict[str, Any] = {}
@@ -517,7 +527,7 @@ def test_matrices_that_do_not_fit_are_refused_at_the_load(kind: str, first: Any,
 
 
 @needs_kernels
-@bytes_are_ours
+@pytest.mark.usefixtures("bytes_are_ours")
 def test_the_kernels_are_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, scales = in_bytes(1, 24, 70)
     graph = Graph("RowLinear", {"w": weights, "s": scales}, {"x": (3, FLOAT)}, 1)
@@ -536,7 +546,7 @@ def test_the_kernels_are_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     assert kinds(True) == {"RowLinear"}
     assert kinds(False) == {"MatMulIntegerToFloat"}
-    monkeypatch.setenv(native.OFF, "off")
+    monkeypatch.setenv(native.VARIABLE, "off")
     assert kinds(True) == {"MatMulIntegerToFloat"}
 
 
@@ -549,7 +559,7 @@ def test_it_is_said_whether_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert native.state().startswith("cannot be loaded, models run slower on a CPU: ")
         patched.setattr(native, "library", lambda: None)
         assert "install a C++ compiler (g++)" in native.state()
-        patched.setenv(native.OFF, "off")
+        patched.setenv(native.VARIABLE, "off")
         assert native.state() == "left out: FLINK_LLM_KERNELS is off"
 
 

@@ -74,6 +74,15 @@ def complete(model: ir.Model) -> None:
         model.functions[function.identifier()] = function
 
 
+def rounded(
+    add: Callable[[str, Sequence[ir.Value | None]], Any], x: ir.Value, step: ir.Value, zero: ir.Value, last: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Rows in bytes, and the largest magnitude of each, by nodes that `add` makes. `last`: the axis."""
+    largest = add("ReduceMax", [add("Abs", [x]), last])
+    # A row of zeros becomes 0/0 here and whatever QuantizeLinear makes of it; its scale of 0 undoes that.
+    return add("QuantizeLinear", [add("Div", [x, largest]), step, zero]), largest
+
+
 def _type(attribute: str) -> ir.AttributeType:
     return _TYPES.get(attribute, ir.AttributeType.INT)
 
@@ -94,9 +103,7 @@ def _products(body: Body, x: ir.Value, matrices: Sequence[ir.Value]) -> list[ir.
     zero, middle = body.constant(np.array(ZERO, np.uint8)), body.constant(np.array(0, np.int8))
     step, one = body.constant(np.array(1 / LEVELS, np.float32)), body.constant(np.array(1, np.float32))
     last = body.constant(np.array([-1], np.int64))
-    largest = body.add("ReduceMax", [body.add("Abs", [x]), last])
-    # A row of zeros becomes 0/0 here and whatever QuantizeLinear makes of it; its scale of 0 undoes that.
-    row = body.add("QuantizeLinear", [body.add("Div", [x, largest]), step, zero])
+    row, largest = rounded(body.add, x, step, zero, last)
     made = []
     for weights, scales in zip(matrices[::2], matrices[1::2], strict=True):
         matrix = body.add("Transpose", [weights], perm=[1, 0])

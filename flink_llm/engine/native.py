@@ -11,22 +11,20 @@ import os
 
 import onnxruntime as ort
 
-OFF = "FLINK_LLM_KERNELS"
+VARIABLE = "FLINK_LLM_KERNELS"
 """An environment variable, to compare: `off` leaves them out, `avx2` takes those for AVX2 on every processor."""
-AVX2 = 3
-"""What `usable` says of it."""
 _STATES = {
     0: "not for this processor, which lacks AVX2",
     1: "in use, by AVX-512 and VNNI",
     2: "in use, by AVX-512, but for products of bytes, which ONNX Runtime has by AMX",
-    AVX2: "in use, by AVX2",
+    3: "in use, by AVX2",
 }
 _log = logging.getLogger(__name__)
 
 
 def library() -> str | None:
     """The path of the library, None where there is none or it is turned off."""
-    if os.environ.get(OFF) == "off":
+    if os.environ.get(VARIABLE) == "off":
         return None
     found = importlib.util.find_spec("flink_llm.engine._kernels")
     return found.origin if found else None
@@ -36,19 +34,13 @@ def state() -> str:
     """Whether they run here, in words, and if not, what to do."""
     path = library()
     if path is None:
-        if os.environ.get(OFF) == "off":
-            return f"left out: {OFF} is off"
+        if os.environ.get(VARIABLE) == "off":
+            return f"left out: {VARIABLE} is off"
         return "not built, models run slower on a CPU: install a C++ compiler (g++), then flink-llm once more"
     try:
-        return _STATES[usable()]
+        return _STATES[ctypes.CDLL(path).flink_llm_kernels_usable()]
     except (OSError, AttributeError) as error:
         return f"cannot be loaded, models run slower on a CPU: {error}"
-
-
-def usable() -> int:
-    """What they run by here, 0 where they do not. Raises OSError, AttributeError: the library cannot be loaded."""
-    path = library()
-    return ctypes.CDLL(path).flink_llm_kernels_usable() if path else 0
 
 
 def register(options: ort.SessionOptions) -> None:

@@ -13,6 +13,7 @@ have 64 levels each way (255 * 64 * 2 fits), and where that is too coarse weight
 of theirs. Both are exact on every machine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from flink_llm.engine.functions import CONTRIB, DOMAIN, LEVELS, MOST_PRODUCTS, ZERO, complete
+from flink_llm.engine.functions import CONTRIB, DOMAIN, LEVELS, MOST_PRODUCTS, ZERO, complete, rounded
 
 DATA = "model.onnx.data"
 SIGNED_LEVELS = 64
@@ -104,9 +105,7 @@ class _Rewriter:
             for begin in range(0, len(group), MOST_PRODUCTS):
                 self._row_linear(x, group[begin : begin + MOST_PRODUCTS])
             return len(group)
-        largest = self._add("ReduceMax", [self._add("Abs", [x]), self._last])
-        # A row of zeros becomes 0/0 here and whatever QuantizeLinear makes of it; its scale of 0 undoes that.
-        row = self._add("QuantizeLinear", [self._add("Div", [x, largest]), self._step, self._zero])
+        row, largest = rounded(self._add, x, self._step, self._zero, self._last)
         outputs = []
         for product in group:
             matrix, scales = self._matrix(product)
@@ -177,7 +176,7 @@ class _Rewriter:
         self._graph.register_initializer(value)
         return value
 
-    def _add(self, kind: str, inputs: list[ir.Value], domain: str = "", **attributes: Any) -> ir.Value:
+    def _add(self, kind: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
         node = ir.node(kind, inputs, attributes, domain=domain)
         self._nodes.append(node)
         return node.outputs[0]

@@ -28,11 +28,6 @@ constexpr int64_t kRows = 6;     // of a tile, at most: what there are registers
 inline __m256i bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline __m256i plus(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
 inline __m256i by(__m256i weights, const int8_t* levels) { return _mm256_maddubs_epi16(weights, bytes(levels)); }
-// Here, in a register: GCC else begins with other rows before one is done, and has too few registers for them all.
-template <typename T>
-inline void here(const T& x) {
-  asm volatile("" ::"x"(x));
-}
 inline __m256i widened(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
 
 // Sums of each of four registers, in their order.

@@ -14,6 +14,7 @@ using Lanes = __m512;
 constexpr int64_t kLanes = 16;
 constexpr bool kManyRegisters = true;
 
+// count is not negative
 inline __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1u << count) - 1); }
 
 inline Lanes all(float x) { return _mm512_set1_ps(x); }
