@@ -221,15 +221,15 @@ inline void tile(const RowBlocks& rows, int64_t row, const Blocks& of, int64_t c
 
 #include "columns.inc"
 
+#include "common.inc"
+
 // What `kernels.cc` takes of this.
-struct Isa {
+struct Isa : Common {
   using RowBytes = avx2::RowBytes;
   using RowBlocks = avx2::RowBlocks;
-  static constexpr int64_t kTurned = 16;  // queries from which on it is worth while to turn their keys
 
   template <typename Memory>
   static void take(Memory& memory, const Bytes& of, int64_t count, RowBytes* rows) {
-    rows->inputs = of.inputs;
     rows->wide = up(of.inputs, kPart);
     rows->bytes = memory.template take<int8_t>(count * rows->wide);
     rows->raised = memory.template take<int32_t>(count);
@@ -248,14 +248,6 @@ struct Isa {
   static int64_t row(const Bytes& of) { return up(of.inputs, kPart) + 8; }
   static int64_t row(const Blocks& of) { return of.blocks * (of.block / kLevels * kLevelsHeld + 4); }
 
-  template <typename Rows>
-  static void to_levels(const float* x, int64_t row, const Rows& to) {
-    avx2::to_levels(x, row, to);
-  }
-  static void skip_norm(const float* x, const float* skip, const float* gain, float epsilon, int64_t count, float* both,
-                        float* to) {
-    avx2::skip_norm(x, skip, gain, epsilon, count, both, to);
-  }
   // Columns of a task are a multiple of so many; and bytes of memory that `multiply` wants for so many rows.
   template <typename Matrix>
   static int64_t together(const Matrix&, int64_t) {
@@ -269,16 +261,6 @@ struct Isa {
   static void multiply(const Rows& rows, int64_t count, const Matrix& of, const Matrix* other, int64_t begin, int64_t end,
                        int8_t*, float* to) {
     columns(rows, count, of, other, begin, end, to);
-  }
-
-  static void rotate(const float* x, const float* cosine, const float* sine, const Shape& shape, float* to) {
-    avx2::rotate(x, cosine, sine, shape, to);
-  }
-  static void turn(const Head& of, const Shape& shape, int64_t keys, float* to) { avx2::turn(of, shape, keys, to); }
-  template <int R>
-  static void attend(const float* const (&queries)[4], const Head& of, const float* turned, const Shape& shape,
-                     const int64_t (&keys)[4], float* scores, int64_t room, float* const (&to)[4]) {
-    avx2::attend<R>(queries, of, turned, shape, keys, scores, room, to);
   }
 };
 

@@ -391,15 +391,15 @@ inline void by_panels(const Rows& rows, int64_t count, const Matrix& of, const M
 inline bool turns(const Bytes& of, int64_t count) { return count >= (of.inputs > 256 ? 36 : 16); }
 inline bool turns(const Blocks&, int64_t count) { return count >= 16; }
 
+#include "common.inc"
+
 // What `kernels.cc` takes of this, as in `avx2.h`.
-struct Isa {
+struct Isa : Common {
   using RowBytes = avx512::RowBytes;
   using RowBlocks = avx512::RowBlocks;
-  static constexpr int64_t kTurned = 16;  // queries from which on it is worth while to turn their keys
 
   template <typename Memory>
   static void take(Memory& memory, const Bytes& of, int64_t count, RowBytes* rows) {
-    rows->inputs = of.inputs;
     rows->wide = up(of.inputs, kWide);
     rows->bytes = memory.template take<uint8_t>(count * rows->wide);
     rows->largest = memory.template take<float>(count);
@@ -416,14 +416,6 @@ struct Isa {
   static int64_t row(const Bytes& of) { return up(of.inputs, kWide) + 4; }
   static int64_t row(const Blocks& of) { return of.blocks * (of.block + 8); }
 
-  template <typename Rows>
-  static void to_levels(const float* x, int64_t row, const Rows& to) {
-    avx512::to_levels(x, row, to);
-  }
-  static void skip_norm(const float* x, const float* skip, const float* gain, float epsilon, int64_t count, float* both,
-                        float* to) {
-    avx512::skip_norm(x, skip, gain, epsilon, count, both, to);
-  }
   // Columns of a task are a multiple of so many; and bytes of memory that `multiply` wants for so many rows.
   template <typename Matrix>
   static int64_t together(const Matrix& of, int64_t count) {
@@ -438,16 +430,6 @@ struct Isa {
                        int8_t* room, float* to) {
     if (turns(of, count)) return by_panels(rows, count, of, other, begin, end, room, to);
     columns(rows, count, of, other, begin, end, to);
-  }
-
-  static void rotate(const float* x, const float* cosine, const float* sine, const Shape& shape, float* to) {
-    avx512::rotate(x, cosine, sine, shape, to);
-  }
-  static void turn(const Head& of, const Shape& shape, int64_t keys, float* to) { avx512::turn(of, shape, keys, to); }
-  template <int R>
-  static void attend(const float* const (&queries)[4], const Head& of, const float* turned, const Shape& shape,
-                     const int64_t (&keys)[4], float* scores, int64_t room, float* const (&to)[4]) {
-    avx512::attend<R>(queries, of, turned, shape, keys, scores, room, to);
   }
 };
 

@@ -211,10 +211,10 @@ struct Product {
       for (int64_t row = from; row < count && row < from + many; row++) {
         const float* source = x + row * wide;
         if (skip) {
-          Isa::skip_norm(source, skip + row * wide, gain, product->epsilon, wide, sum + row * wide, normed + row * wide);
+          Isa::norm_row(source, skip + row * wide, gain, product->epsilon, wide, sum + row * wide, normed + row * wide);
           source = normed + row * wide;
         }
-        Isa::to_levels(source, row, rows);
+        Isa::row_to_levels(source, row, rows);
       }
     }
     int64_t shares(int64_t matrix) const { return (product->matrices[matrix].columns + share - 1) / share; }
@@ -384,7 +384,7 @@ struct Attention {
       for (int64_t i = 0; i < queries; i++) {
         const float* token = given + (row * queries + i) * wide + (shape.heads + head) * size;
         const int64_t turn = (before + i) * shape.rotated / 2;
-        Isa::rotate(token, cosines + turn, sines + turn, shape, to_keys + (before + i) * size);
+        Isa::rotate_head(token, cosines + turn, sines + turn, shape, to_keys + (before + i) * size);
         std::memcpy(to_values + (before + i) * size, token + shape.kv_heads * size, size * sizeof(float));
       }
     }
@@ -400,7 +400,7 @@ struct Attention {
       float* scores = scratch.take<float>(kQueries * room);
       const attention::Head of{keys + number * places * size, values + number * places * size};
       float* sixteens = turned_keys ? scratch.take<float>(size * turned_keys) : nullptr;
-      if (sixteens) Isa::turn(of, shape, before + until, sixteens);
+      if (sixteens) Isa::turn_keys(of, shape, before + until, sixteens);
       for (int64_t done = 0; done < many; done += kQueries) {
         const int64_t count = many - done < kQueries ? many - done : kQueries;
         const float* asked[kQueries] = {};
@@ -410,15 +410,15 @@ struct Attention {
           const int64_t i = from + (done + r) / group, of_group = head * group + (done + r) % group;
           const int64_t turn = (before + i) * shape.rotated / 2;
           asked[r] = turned + r * size;
-          Isa::rotate(given + (row * queries + i) * wide + of_group * size, cosines + turn, sines + turn, shape,
+          Isa::rotate_head(given + (row * queries + i) * wide + of_group * size, cosines + turn, sines + turn, shape,
                             turned + r * size);
           made[r] = to + ((row * queries + i) * shape.heads + of_group) * size;
           seen[r] = before + i + 1;
         }
-        if (count == 4) Isa::template attend<4>(asked, of, sixteens, shape, seen, scores, room, made);
-        if (count == 3) Isa::template attend<3>(asked, of, sixteens, shape, seen, scores, room, made);
-        if (count == 2) Isa::template attend<2>(asked, of, sixteens, shape, seen, scores, room, made);
-        if (count == 1) Isa::template attend<1>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 4) Isa::template attend_to<4>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 3) Isa::template attend_to<3>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 2) Isa::template attend_to<2>(asked, of, sixteens, shape, seen, scores, room, made);
+        if (count == 1) Isa::template attend_to<1>(asked, of, sixteens, shape, seen, scores, room, made);
       }
     }
   };
