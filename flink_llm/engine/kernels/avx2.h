@@ -5,7 +5,6 @@
 // raised by 64, so that the pairs fit, or by 8 in four bits, where eight of them do; what is raised is taken away again.
 #pragma once
 #include <cmath>
-#include <type_traits>
 
 #include "lanes_avx2.h"
 #include "shapes.h"
@@ -21,9 +20,16 @@ using namespace products;
 #include "attention.inc"
 
 constexpr int64_t kWide = 32;    // bytes in a register
-constexpr int64_t kColumns = 4;  // of a tile, one after the other: memory is quickest where it is read in its order
+constexpr int64_t kColumns = 4;   // of a tile, one after the other: memory is quickest where it is read in its order
+constexpr int64_t kRows = 6;      // of a tile, at most: what there are registers for
+constexpr int64_t kBlock = 64;    // columns that all tiles of rows go through before the next ones
 constexpr int64_t kAhead = 1280;  // bytes, which a single row fetches
-constexpr int64_t kRows = 6;     // of a tile, at most: what there are registers for
+
+// What a tile fetches meanwhile: those of its four columns from `first` to `last`, so many bytes ahead.
+struct Fetch {
+  int64_t bytes;
+  int first, last;
+};
 
 inline __m256i bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline __m256i plus(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
@@ -74,7 +80,7 @@ inline __attribute__((always_inline)) void gather(const int8_t* x, int64_t wide,
   const __m256i raised = _mm256_set1_epi8(kRaised);
   for (int64_t k = 0; k < parts * kPart; k += kPart) {
     const __m256i low = _mm256_add_epi8(bytes(of + k), raised), high = _mm256_add_epi8(bytes(of + k + kWide), raised);
-    if (next) _mm_prefetch(next + k, _MM_HINT_T0);
+    if (next) _mm_prefetch(next + k, _MM_HINT_T1);
     UNROLLED
     for (int r = 0; r < R; r++) {
       const int8_t* row = x + r * wide + k;
@@ -84,21 +90,36 @@ inline __attribute__((always_inline)) void gather(const int8_t* x, int64_t wide,
   }
 }
 
-// The same of weights of any size, slowly.
-inline int32_t plain(const int8_t* x, const int8_t* of, int64_t count) {
-  int32_t made = 0;
-  for (int64_t k = 0; k < count; k++) made += x[k] * of[k];
-  return made;
+// Whole numbers of four columns to what they stand for.
+inline __m128 scaled(__m128i total, const float* scales, float largest) {
+  return _mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(total), _mm_load_ps(scales)), _mm_set1_ps(largest));
 }
 
-// Meanwhile as many of the next four columns are fetched as `Fetch` says, after those that are `done`.
-template <int R, int Fetch>
-inline void tile(const RowBytes& rows, int64_t row, const Bytes& of, int64_t column, int done, __m128 (&to)[R]) {
+// A tile of weights of any size, slowly.
+template <int R>
+__attribute__((noinline)) void slow_tile(const RowBytes& rows, int64_t row, const Bytes& of, int64_t column, __m128 (&to)[R]) {
+  for (int r = 0; r < R; r++) {
+    alignas(16) int32_t made[kColumns] = {};
+    alignas(16) float scales[kColumns] = {};
+    const int8_t* x = rows.bytes + (row + r) * rows.wide;
+    for (int64_t c = 0; c < kColumns && column + c < of.columns; c++) {
+      const int8_t* w = of.weights + (column + c) * of.inputs;
+      for (int64_t k = 0; k < of.inputs; k++) made[c] += x[k] * w[k];
+      scales[c] = of.scales[column + c];
+    }
+    to[r] = scaled(_mm_load_si128(reinterpret_cast<__m128i*>(made)), scales, rows.largest[row + r]);
+  }
+}
+
+template <int R>
+inline __attribute__((always_inline)) void tile(const RowBytes& rows, int64_t row, const Bytes& of, int64_t column,
+                                                const Fetch& fetch, __m128 (&to)[R]) {
+  if (!of.small) return slow_tile(rows, row, of, column, to);
   const int64_t whole = of.inputs / kPart, rest = of.inputs % kPart;
   const int8_t* x = rows.bytes + row * rows.wide;
   __m256i sum[kColumns][R];
-  alignas(16) float scales[kColumns] = {};
-  UNROLLED
+  alignas(16) float scales[kColumns];
+  ROLLED
   for (int c = 0; c < kColumns; c++) {
     const int64_t at = column + c < of.columns ? column + c : of.columns - 1;
     const int8_t* w = of.weights + at * of.inputs;
@@ -106,19 +127,11 @@ inline void tile(const RowBytes& rows, int64_t row, const Bytes& of, int64_t col
     __m256i made[R];
     UNROLLED
     for (int r = 0; r < R; r++) made[r] = _mm256_setzero_si256();
-    if (of.small) {
-      const int8_t* next = w + (R == 1 ? kAhead : (kColumns + done) * of.inputs);
-      gather<R>(x, rows.wide, w, whole, c < Fetch ? next : nullptr, made);
-      if (rest) {
-        alignas(32) int8_t last[kPart] = {};
-        std::memcpy(last, w + whole * kPart, rest);
-        gather<R>(x + whole * kPart, rows.wide, last, 1, nullptr, made);
-      }
-    } else {
-      for (int r = 0; r < R; r++) {
-        const int32_t sum_of_all = plain(x + r * rows.wide, w, of.inputs) + rows.raised[row + r];
-        made[r] = _mm256_setr_epi32(sum_of_all, 0, 0, 0, 0, 0, 0, 0);
-      }
+    gather<R>(x, rows.wide, w, whole, c >= fetch.first && c < fetch.last ? w + fetch.bytes : nullptr, made);
+    if (rest) {
+      alignas(32) int8_t last[kPart] = {};
+      std::memcpy(last, w + whole * kPart, rest);
+      gather<R>(x + whole * kPart, rows.wide, last, 1, nullptr, made);
     }
     UNROLLED
     for (int r = 0; r < R; r++) sum[c][r] = made[r];
@@ -126,8 +139,7 @@ inline void tile(const RowBytes& rows, int64_t row, const Bytes& of, int64_t col
   UNROLLED
   for (int r = 0; r < R; r++) {
     const __m128i total = sums(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
-    const __m128 made = _mm_cvtepi32_ps(_mm_sub_epi32(total, _mm_set1_epi32(rows.raised[row + r])));
-    to[r] = _mm_mul_ps(_mm_mul_ps(made, _mm_load_ps(scales)), _mm_set1_ps(rows.largest[row + r]));
+    to[r] = scaled(_mm_sub_epi32(total, _mm_set1_epi32(rows.raised[row + r])), scales, rows.largest[row + r]);
   }
 }
 
@@ -186,22 +198,24 @@ inline __attribute__((always_inline)) void gather(const int8_t* x, int64_t wide,
   }
 }
 
-template <int R, int Fetch>
-inline void tile(const RowBlocks& rows, int64_t row, const Blocks& of, int64_t column, int done, __m128 (&to)[R]) {
-  const int64_t wide = rows.wide, ahead = R == 1 ? kAhead : (kColumns + done) * of.blocks * of.block / 2;
+template <int R>
+inline __attribute__((always_inline)) void tile(const RowBlocks& rows, int64_t row, const Blocks& of, int64_t column,
+                                                const Fetch& fetch, __m128 (&to)[R]) {
+  const int64_t wide = rows.wide;
   Lanes sum[kColumns][R];
-  UNROLLED
+  ROLLED
   for (int c = 0; c < kColumns; c++) {
     const int64_t at = column + c < of.columns ? column + c : of.columns - 1;
     const uint8_t* w = of.weights + at * of.blocks * of.block / 2;
     const float* scales = of.scales + at * of.blocks;
     const float* of_rows = rows.scales + row;
     const int8_t* x = rows.bytes + row * wide;
+    const bool ahead = c >= fetch.first && c < fetch.last;
     Lanes made[R];
     UNROLLED
     for (int r = 0; r < R; r++) made[r] = all(0);
     const auto part = [&](int64_t block) __attribute__((always_inline)) {
-      if (c < Fetch) _mm_prefetch(w + ahead, _MM_HINT_T0);
+      if (ahead) _mm_prefetch(w + fetch.bytes, _MM_HINT_T1);
       gather<R>(x, wide, w, all(scales[block]), of_rows + block * rows.count, made);
       w += kLevels / 2, x += kLevelsHeld;
     };
@@ -219,7 +233,48 @@ inline void tile(const RowBlocks& rows, int64_t row, const Blocks& of, int64_t c
   for (int r = 0; r < R; r++) to[r] = sums(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
 }
 
-#include "columns.inc"
+inline int64_t bytes_of_column(const Bytes& of) { return of.inputs; }
+inline int64_t bytes_of_column(const Blocks& of) { return of.blocks * of.block / 2; }
+
+// A tile of R rows through columns from `begin` to `end`, with a second matrix for the other half of a gate.
+template <int R, typename Rows, typename Matrix>
+__attribute__((noinline)) void place(const Rows& rows, int64_t row, const Matrix& of, const Matrix* other, int64_t begin,
+                                     int64_t end, const Fetch& fetch, float* to) {
+  for (int64_t column = begin; column < end; column += kColumns) {
+    __m128 made[R], ups[R];
+    tile<R>(rows, row, of, column, fetch, made);
+    if (other) tile<R>(rows, row, *other, column, fetch, ups);
+    UNROLLED
+    for (int r = 0; r < R; r++) {
+      const __m128 value = other ? gated(made[r], ups[r]) : made[r];
+      store(to + (row + r) * of.columns + column, value, end - column);
+    }
+  }
+}
+
+template <typename Rows, typename Matrix>
+void columns(const Rows& rows, int64_t count, const Matrix& of, const Matrix* other, int64_t begin, int64_t end, float* to) {
+  const int64_t tiles = (count + kRows - 1) / kRows, block = tiles == 1 ? end - begin : kBlock;
+  for (int64_t column = begin; column < end; column += block) {
+    const int64_t stop = column + block < end ? column + block : end;
+    for (int64_t row = 0, tile = 0; tile < tiles; tile++) {
+      const int64_t left = count - row, here = (left + tiles - tile - 1) / (tiles - tile);  // about as many in each
+      Fetch fetch{bytes_of_column(of) * (tiles == 1 ? kColumns : kBlock), 0, 0};
+      if (count == 1) fetch.bytes = kAhead;
+      fetch.first = static_cast<int>(tiles < 4 ? 4 * tile / tiles : tile);
+      fetch.last = static_cast<int>(tiles < 4 ? 4 * (tile + 1) / tiles : tile + 1);
+      switch (here) {
+        case 1: place<1>(rows, row, of, other, column, stop, fetch, to); break;
+        case 2: place<2>(rows, row, of, other, column, stop, fetch, to); break;
+        case 3: place<3>(rows, row, of, other, column, stop, fetch, to); break;
+        case 4: place<4>(rows, row, of, other, column, stop, fetch, to); break;
+        case 5: place<5>(rows, row, of, other, column, stop, fetch, to); break;
+        default: place<6>(rows, row, of, other, column, stop, fetch, to);
+      }
+      row += here;
+    }
+  }
+}
 
 #include "common.inc"
 

@@ -199,7 +199,46 @@ inline void tile(const RowBlocks& rows, int64_t row, const Blocks& of, int64_t c
   for (int r = 0; r < R; r++) to[r] = made[r];
 }
 
-#include "columns.inc"
+// Columns from `begin` to `end` of rows, with a second matrix for the other half of a gate.
+template <int R, int Fetch, typename Rows, typename Matrix>
+inline void place(const Rows& rows, int64_t row, const Matrix& of, const Matrix* other, int64_t column, int64_t end,
+                  int done, float* to) {
+  __m128 made[R], ups[R];
+  tile<R, Fetch>(rows, row, of, column, done, made);
+  if (other) tile<R, Fetch>(rows, row, *other, column, done, ups);
+  UNROLLED
+  for (int r = 0; r < R; r++) {
+    const __m128 value = other ? gated(made[r], ups[r]) : made[r];
+    store(to + (row + r) * of.columns + column, value, end - column);
+  }
+}
+
+template <typename Rows, typename Matrix>
+inline void columns(const Rows& rows, int64_t count, const Matrix& of, const Matrix* other, int64_t begin, int64_t end,
+                    float* to) {
+  constexpr bool five = std::is_same_v<Matrix, Bytes>;  // else there is no room for so many sums
+  const int64_t tiles = five && count == 5 ? 1 : (count + kRows - 1) / kRows;
+  for (int64_t column = begin; column < end; column += kColumns) {
+    int done = 0;
+    for (int64_t row = 0, tile = 0; tile < tiles; tile++) {
+      const int fetch = done == 4 ? 0 : tiles == 1 ? 4 : tiles == 2 || (tiles == 3 && done == 0) ? 2 : 1;
+      const int64_t left = count - row, here = (left + tiles - tile - 1) / (tiles - tile);  // about as many in each
+#define PLACE(R, F) place<R, F>(rows, row, of, other, column, end, done, to)
+#define EITHER(R) (fetch == 4 ? PLACE(R, 4) : fetch == 2 ? PLACE(R, 2) : fetch == 1 ? PLACE(R, 1) : PLACE(R, 0))
+      if constexpr (five) {
+        if (here == 5) PLACE(5, 4);
+      }
+      if (here == 4) EITHER(4);
+      if (here == 3) EITHER(3);
+      if (here == 2) EITHER(2);
+      if (here == 1) EITHER(1);
+#undef EITHER
+#undef PLACE
+      row += here;
+      done += fetch;
+    }
+  }
+}
 
 // ---- Many rows: a panel of columns is turned once, so that sixteen of them lie in one register, and all rows go
 // through it. The numbers are the same, to the bit.
