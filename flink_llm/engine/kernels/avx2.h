@@ -19,7 +19,7 @@ using namespace products;
 #include "rows.inc"
 #include "attention.inc"
 
-constexpr int64_t kWide = 32;    // bytes in a register
+constexpr int64_t kWide = 32;     // bytes in a register
 constexpr int64_t kColumns = 4;   // of a tile, one after the other: memory is quickest where it is read in its order
 constexpr int64_t kRows = 6;      // of a tile, at most: what there are registers for
 constexpr int64_t kBlock = 64;    // columns that all tiles of rows go through before the next ones
@@ -30,6 +30,9 @@ struct Fetch {
   int64_t bytes;
   int first, last;
 };
+
+inline int64_t bytes_of_column(const Bytes& of) { return of.inputs; }
+inline int64_t bytes_of_column(const Blocks& of) { return of.blocks * of.block / 2; }
 
 inline __m256i bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline __m256i plus(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
@@ -206,7 +209,7 @@ inline __attribute__((always_inline)) void tile(const RowBlocks& rows, int64_t r
   ROLLED
   for (int c = 0; c < kColumns; c++) {
     const int64_t at = column + c < of.columns ? column + c : of.columns - 1;
-    const uint8_t* w = of.weights + at * of.blocks * of.block / 2;
+    const uint8_t* w = of.weights + at * bytes_of_column(of);
     const float* scales = of.scales + at * of.blocks;
     const float* of_rows = rows.scales + row;
     const int8_t* x = rows.bytes + row * wide;
@@ -233,9 +236,6 @@ inline __attribute__((always_inline)) void tile(const RowBlocks& rows, int64_t r
   for (int r = 0; r < R; r++) to[r] = sums(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
 }
 
-inline int64_t bytes_of_column(const Bytes& of) { return of.inputs; }
-inline int64_t bytes_of_column(const Blocks& of) { return of.blocks * of.block / 2; }
-
 // A tile of R rows through columns from `begin` to `end`, with a second matrix for the other half of a gate.
 template <int R, typename Rows, typename Matrix>
 __attribute__((noinline)) void place(const Rows& rows, int64_t row, const Matrix& of, const Matrix* other, int64_t begin,
@@ -255,14 +255,13 @@ __attribute__((noinline)) void place(const Rows& rows, int64_t row, const Matrix
 template <typename Rows, typename Matrix>
 void columns(const Rows& rows, int64_t count, const Matrix& of, const Matrix* other, int64_t begin, int64_t end, float* to) {
   const int64_t tiles = (count + kRows - 1) / kRows, block = tiles == 1 ? end - begin : kBlock;
+  const int64_t ahead = count == 1 ? kAhead : bytes_of_column(of) * (tiles == 1 ? kColumns : kBlock);
   for (int64_t column = begin; column < end; column += block) {
     const int64_t stop = column + block < end ? column + block : end;
     for (int64_t row = 0, tile = 0; tile < tiles; tile++) {
       const int64_t left = count - row, here = (left + tiles - tile - 1) / (tiles - tile);  // about as many in each
-      Fetch fetch{bytes_of_column(of) * (tiles == 1 ? kColumns : kBlock), 0, 0};
-      if (count == 1) fetch.bytes = kAhead;
-      fetch.first = static_cast<int>(tiles < 4 ? 4 * tile / tiles : tile);
-      fetch.last = static_cast<int>(tiles < 4 ? 4 * (tile + 1) / tiles : tile + 1);
+      const auto fetched = [tiles](int64_t by) { return static_cast<int>(tiles < 4 ? 4 * by / tiles : by); };
+      const Fetch fetch{ahead, fetched(tile), fetched(tile + 1)};
       switch (here) {
         case 1: place<1>(rows, row, of, other, column, stop, fetch, to); break;
         case 2: place<2>(rows, row, of, other, column, stop, fetch, to); break;
