@@ -50,6 +50,8 @@ class Decoder:
         self._lengths = np.zeros(slots, dtype=np.int64)
         self._tokens = np.zeros((slots, 1), dtype=np.int64)
         self._mask = np.zeros(slots * (manifest.context_length + 1), dtype=np.int64)
+        self._mask_at = self._mask.ctypes.data
+        self._positions = np.arange(manifest.context_length + 1)
         self._logits = np.empty((slots, 1, manifest.vocab_size), dtype=logits_dtype)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._readings: dict[tuple[int, int], ort.IOBinding] = {}
@@ -150,22 +152,23 @@ class Decoder:
         """Reads one token in each of `slots`; logits [any, vocabulary] by slot, valid until the next call."""
         used = list(slots)
         first, end = min(used), max(used) + 1
+        past = self._past(used, first, end)
+        longest = int(past.max()) + 1
+        mask = self._mask[: len(past) * longest].reshape(len(past), longest)
+        np.less_equal(self._positions[:longest], past[:, None], out=mask, casting="unsafe")
         self._tokens[first:end] = 0
         self._tokens[used, 0] = tokens
-        lengths = self._past(used, first, end) + 1
-        longest = int(lengths.max())
-        mask = self._mask[: len(lengths) * longest].reshape(len(lengths), longest)
-        np.less(np.arange(longest), lengths[:, None], out=mask, casting="unsafe")
         binding = self._bindings.get((first, end))
         if binding is None:
             binding = self._bindings[first, end] = self._session.io_binding()
             self._cache.bind(binding, first=first, rows=end - first)
             bind_input(binding, "input_ids", self._tokens[first:end])
             bind_output(binding, "logits", self._logits[first:end])
-        bind_input(binding, "attention_mask", mask)
-        adapted = np.full(end - first, BASE)
-        adapted[[slot - first for slot in used]] = self._adapted[used]
-        self._bound[first, end] = self._adapters.bind(binding, adapted, self._bound.get((first, end), BASE))
+        binding.bind_input("attention_mask", "cpu", 0, np.int64, mask.shape, self._mask_at)
+        if self.adapters:
+            adapted = np.full(end - first, BASE)
+            adapted[[slot - first for slot in used]] = self._adapted[used]
+            self._bound[first, end] = self._adapters.bind(binding, adapted, self._bound.get((first, end), BASE))
         with flushed():
             self._session.run_with_iobinding(binding)
         self._lengths[used] += 1
@@ -229,10 +232,12 @@ class Decoder:
         self._cache.use(used)
         if not self._cache.in_reach:  # the others write behind what they hold
             return np.minimum(self._lengths[first:end], self.context - 1)
-        idle = set(range(first, end)).difference(used)
-        self._cache.park(slot for slot in idle if self._lengths[slot])
-        past = self._lengths[first:end].copy()
-        past[[slot - first for slot in idle]] = 0
+        past = self._lengths[first:end]
+        if len(used) < end - first:
+            idle = set(range(first, end)).difference(used)
+            self._cache.park(slot for slot in idle if self._lengths[slot])
+            past = past.copy()
+            past[[slot - first for slot in idle]] = 0
         return past
 
 
