@@ -18,20 +18,25 @@ class Request:
     at: float = 0.0
 
 
-def make(shape: Shape, lengths: Sequence[tuple[int, int]], seed: object) -> list[Request]:
+def make(shape: Shape, pairs: Sequence[tuple[int, int]], seed: object) -> list[Request]:
     """Requests of (prompt, reply) lengths, all arriving at once."""
     made = []
-    for i, (length, reply) in enumerate(lengths):
+    for i, (length, reply) in enumerate(pairs):
         tokens, text = prompt(shape, f"{seed}/{i}", length)
         made.append(Request(tokens, text, reply))
     return made
 
 
-def mixed(shape: Shape, count: int, longest: int, seed: object = 1) -> list[Request]:
-    """Prompts and replies from an eighth of `longest` to all of it, evenly, paired at random."""
+def lengths(count: int, longest: int, seed: object) -> list[tuple[int, int]]:
+    """Of prompts and replies: from an eighth of `longest` to all of it, evenly, paired at random."""
     steps = [round(longest * (1 + 7 * i / max(1, count - 1)) / 8) for i in range(count)]
     replies = random.Random(str(seed)).sample(steps, count)
-    return make(shape, random.Random(f"{seed}/pairs").sample(list(zip(steps, replies, strict=True)), count), seed)
+    return random.Random(f"{seed}/pairs").sample(list(zip(steps, replies, strict=True)), count)
+
+
+def mixed(shape: Shape, count: int, longest: int, seed: object = 1) -> list[Request]:
+    """Requests of such `lengths`."""
+    return make(shape, lengths(count, longest, seed), seed)
 
 
 def arriving(requests: Sequence[Request], within: float) -> list[Request]:

@@ -10,8 +10,9 @@ pytest.importorskip("onnxruntime_genai")
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import decoder, demo_source, encoder, host_memory, machine, shapes
+from benchmarks import decoder, demo_source, encoder, host_memory, machine, scheduling, shapes
 from benchmarks.peers import flags
+from flink_llm.engine import scheduler
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.model import open_model_folder
 from tests import tiny
@@ -102,3 +103,16 @@ def test_the_demo_models_weights_taken_back_say_what_it_says(tmp_path):
     ours = shipped.read(0, prompt, 0)
     likeness = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
     assert likeness.min() > 0.99  # int8 rounds the activations as well
+
+
+def test_what_a_reply_may_be_delayed_by_is_what_prompts_wait_for(monkeypatch):
+    costs = scheduling.Costs(steps={1: 5.0, 4: 6.0, 16: 12.0}, token=0.35, run=2.0, around=0.5)
+    found = []
+    for least, most in ((0.2, 0.4), (6.0, 6.0)):
+        monkeypatch.setattr(scheduler, "DELAY_LEAST", least)
+        monkeypatch.setattr(scheduler, "DELAY_MOST", most)
+        found.append(scheduling.measure(costs, within=1.0, seeds=1))
+    careful, eager = found
+    assert careful["tpot_p99_ratio"] < 1.5 < eager["tpot_p99_ratio"]
+    assert careful["ttft_p50_ms"] > eager["ttft_p50_ms"]
+    assert careful["tokens_per_s_16"] < eager["tokens_per_s_16"]
