@@ -19,22 +19,31 @@ import msgspec
 
 from benchmarks.faults.checker import Checker, Sender, Tally
 from benchmarks.faults.scenarios import REDIS, SCENARIOS, SHORT, Row, Run
-from benchmarks.faults.stack import PARALLELISM, Stack
+from benchmarks.faults.stack import CHECKPOINT_MS, PARALLELISM, Stack
 from flink_llm.local import processes
 
 KEYS = 1000
-RATE, QUICK_RATE = 200, 80
+RATE, QUICK_RATE = 300, 80
+LONG_CHECKPOINT_MS = 1000
+"""With a fifth of it two cores do a hundred requests a second, and a scenario takes a quarter of an hour."""
 RECORDS, QUICK_RECORDS = 100_000, 1_000
 _COLUMNS = ("blows", "in_flight", "recovery_s")
 _COUNTS = Tally.__struct_fields__
 
 
 def measure(
-    folder: Path, names: Sequence[str], *, records: int, rate: float, parallelism: int = PARALLELISM, tell: Any = print
+    folder: Path,
+    names: Sequence[str],
+    *,
+    records: int,
+    rate: float,
+    parallelism: int = PARALLELISM,
+    checkpoint_ms: int = CHECKPOINT_MS,
+    tell: Any = print,
 ) -> dict[str, Any]:
     """Runs scenarios on one job; see the module. `tell` is given a line of the table at a time."""
     rows: list[Row] = []
-    with Stack(folder, parallelism) as stack:
+    with Stack(folder, parallelism, checkpoint_ms) as stack:
         servers = stack.broker.bootstrap_servers
         with (
             Checker(servers, stack.topics) as checker,
@@ -101,8 +110,11 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="flink-llm-chaos-") as folder, processes.cleaned_up(lambda: None):
         names = args.scenario or [name for name in SCENARIOS if name != SHORT]
-        rate = QUICK_RATE if args.quick else RATE
-        found = measure(Path(folder), names, records=records, rate=rate, tell=lambda line: print(line, flush=True))
+        rate, checkpoint_ms = (QUICK_RATE, CHECKPOINT_MS) if args.quick else (RATE, LONG_CHECKPOINT_MS)
+        found = measure(
+            Path(folder), names, records=records, rate=rate, checkpoint_ms=checkpoint_ms,
+            tell=lambda line: print(line, flush=True),
+        )  # fmt: skip
     found["minutes"] = round((time.monotonic() - began) / 60, 1)
     print(json.dumps(found))
     raise SystemExit(0 if bars_met(found) else 1)

@@ -14,7 +14,8 @@ from msgspec import Struct
 
 from benchmarks import pipeline
 
-OPEN = 600
+OPEN, OPEN_S = 600, 4.0
+"""While so many requests have no outcome, or as many as are sent in so many seconds, no more are sent."""
 PROMPT: dict[str, Any] = {"reconnect_backoff_max_ms": 500, "request_timeout_ms": 5_000}
 """A client that comes back as soon as its broker does: the recovery that is measured is the job's."""
 TOKENS_S = 90.0
@@ -24,7 +25,7 @@ TOKENS_S = 90.0
 class Sender:
     """Sends requests `r0`, `r1`, … at a rate from a thread while it is `on`. A context manager.
 
-    It pauses while `OPEN` have no outcome, so that an outage leaves no backlog of its length behind.
+    It pauses while many have no outcome (`OPEN`), so that an outage leaves no backlog of its length behind.
     """
 
     def __init__(self, servers: str, topic: str, rate: float, keys: int, answered: Callable[[], int]) -> None:
@@ -33,6 +34,7 @@ class Sender:
         self.on = threading.Event()
         self.refused: list[str] = []
         self._topic, self._rate, self._keys = topic, rate, keys
+        self._open = max(OPEN, rate * OPEN_S)
         self._producer = KafkaProducer(bootstrap_servers=servers, acks="all", enable_idempotence=True, **PROMPT)
         self._ended = False
         self._thread = threading.Thread(target=self._send, name="sender", daemon=True)
@@ -60,7 +62,7 @@ class Sender:
             now = time.monotonic()
             due = max(due + 1 / self._rate, now - 0.1)
             time.sleep(max(0.0, due - now))
-            if self.sent - self._answered() >= OPEN:
+            if self.sent - self._answered() >= self._open:
                 continue
             ((key, value),) = pipeline.requests(self.sent, 1, self._keys)
             future = self._producer.send(self._topic, key=key, value=value)

@@ -53,9 +53,10 @@ RESTARTS = {
 class Stack:
     """All of it, below `folder`, its job in `parallelism` subtasks. A context manager; leaves nothing running."""
 
-    def __init__(self, folder: Path, parallelism: int = PARALLELISM) -> None:
+    def __init__(self, folder: Path, parallelism: int = PARALLELISM, checkpoint_ms: int = CHECKPOINT_MS) -> None:
         self.folder = folder
         self._parallelism = parallelism
+        self._checkpoint_ms = checkpoint_ms
         self._job_folder = folder / "job"
         self.checkpoints = folder / "checkpoints"
         self.job_id = ""
@@ -127,7 +128,7 @@ class Stack:
             bootstrap_servers=f"127.0.0.1:{self._kafka_proxy}", folder=str(self._job_folder), topics=self.topics,
             handler="Counted", script=SCRIPT, features=features,
             flink=FlinkSettings(
-                parallelism=self._parallelism, delivery="exactly_once", checkpoint_interval_ms=CHECKPOINT_MS,
+                parallelism=self._parallelism, delivery="exactly_once", checkpoint_interval_ms=self._checkpoint_ms,
                 checkpoint_dir=str(self.checkpoints), expected_rate=200, properties=RESTARTS,
             ),
             operator=OperatorSettings(capacity=512, deadline=600, remember_s=30),
