@@ -100,12 +100,9 @@ def bars_met(found: dict[str, Any]) -> bool:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"{QUICK_RECORDS:,} requests per scenario instead of {RECORDS:,}, {QUICK_RATE} a second instead of {RATE}, and a "
-        f"checkpoint every {CHECKPOINT_MS} ms instead of {LONG_CHECKPOINT_MS:,}",
-    )
+    short = f"{QUICK_RECORDS:,} requests per scenario instead of {RECORDS:,}, {QUICK_RATE} a second instead of {RATE}"
+    often = f"a checkpoint every {CHECKPOINT_MS} ms instead of {LONG_CHECKPOINT_MS:,}"
+    parser.add_argument("--quick", action="store_true", help=f"{short}, {often}")
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="only this one; may be repeated")
     parser.add_argument("--records", type=int, help="requests per scenario, at least")
     args = parser.parse_args()
