@@ -393,8 +393,9 @@ def test_a_full_queue_refuses_what_is_not_known(folders: dict[str, Path]) -> Non
     served.add("waiting")
     with pytest.raises(Overloaded, match="the queue is full"):
         served.add("too many")
+    served.add("urgent", priority=0)
     served.add("known")
-    assert set(served.step()) == {"known", "waiting"}
+    assert set(served.step()) == {"known", "waiting", "urgent"}
 
 
 def test_a_ranking_fails_once(folders: dict[str, Path]) -> None:

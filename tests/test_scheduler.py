@@ -201,6 +201,18 @@ def test_a_full_queue_refuses_with_a_time_to_come_back():
     assert (caught.value.retry_after, caught.value.reason) == (RETRY_UNKNOWN_S, "full")
 
 
+def test_nobody_is_refused_for_a_queue_of_those_behind():
+    scheduler: Scheduler[str] = Scheduler(slots=1, limit=2)
+    for each in range(3):
+        scheduler.add(f"later {each}", prompt(1), priority=5, now=0.0)
+    for each in range(3):
+        scheduler.add(f"urgent {each}", prompt(1), priority=0, now=0.0)
+    for priority in (0, 5):
+        with pytest.raises(Overloaded, match="the queue is full"):
+            scheduler.add("one more", prompt(1), priority=priority, now=0.0)
+    assert [entry.item for entry in scheduler._queue[:3]] == ["urgent 0", "urgent 1", "urgent 2"]
+
+
 def test_a_short_queue_refuses_nobody_whom_a_free_slot_awaits():
     scheduler: Scheduler[int] = Scheduler(slots=4, limit=1)
     for number in range(5):
@@ -314,7 +326,7 @@ def test_only_who_would_wait_too_long_or_finds_no_room_is_refused(loads, slots, 
             turns = 1 - free + sum(entry.rank <= (timed.now + extra * AGEING_S, math.inf) for entry in waiting)
             wait = 0.0 if turns <= 0 else None if service_s is None else turns * service_s / slots
             late = turns > 0 and None not in (value, wait) and wait > value
-            full = len(waiting) - free >= limit
+            full = turns > limit
             try:
                 timed.add(value, extra)
             except Overloaded as error:

@@ -106,7 +106,7 @@ class Encoding:
             self._ready.append(asked)
             return
         place = bisect_right(self._waiting, rows[-1].rank, key=attrgetter("rank"))
-        self._pace.admit(place, job.left(), full=len(self._waiting) >= self._queue)
+        self._pace.admit(place, job.left(), full=place >= self._queue)
         for row in rows:
             self._tokenise(row, *query)
         self._waiting[place:place] = rows

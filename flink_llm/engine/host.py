@@ -174,7 +174,7 @@ def command(
     @click.option("--socket", "path", type=click.Path(path_type=Path), help="Where to listen.")
     @click.option("--threads", default=0, help="CPU threads; 0 leaves it to ONNX Runtime.")
     @click.option("--slots", default=16, show_default=True, help="Generations at once.")
-    @click.option("--queue", default=4096, show_default=True, help="Requests that may wait.")
+    @click.option("--queue", default=4096, show_default=True, help="Requests that may wait ahead of one.")
     @click.option("--cache-mb", default=64.0, show_default=True, help="Megabytes for answers of encoders; 0: none.")
     @click.option("--memory-mb", type=click.IntRange(1), help="What all models may take together; no bound if absent.")
     @click.option(

@@ -110,8 +110,9 @@ class Plan(Generic[T]):
 
 
 class Scheduler(Generic[T]):
-    """Slots 0 to `slots` - 1, a queue of at most `limit`; `copies` says that a slot can be copied to another,
-    `together` that prompts can be read in one run, `mixes` that a prompt can be read in the run of a step.
+    """Slots 0 to `slots` - 1, a queue of at most `limit` ahead of whoever comes; `copies` says that a slot can be
+    copied to another, `together` that prompts can be read in one run, `mixes` that a prompt can be read in the run of
+    a step.
 
     Both who is given a slot and who is prefilled is decided by rank: arrival, later by `AGEING_S` for each
     step of priority. It never changes, so whoever comes more than that later is behind. `clock` gives
@@ -173,13 +174,13 @@ class Scheduler(Generic[T]):
 
         Its reply has `tokens` at most.
 
-        Raises Overloaded, with a time to come again, when `limit` wait already, or when its wait for a slot
-        is known to be longer than what is left. While a slot is free nobody is refused.
+        Raises Overloaded, with a time to come again, when `limit` wait ahead of it, or when its wait for a slot
+        is known to be longer than what is left. While a slot is free nobody is refused, nor for those behind.
         """
         rank = (rank_of(now, priority), self._arrivals + 1)
         ahead = bisect_left(self._queue, rank, key=_RANK)
         free = self._slots.free
-        self._pace.admit(ahead + 1 - free, left, full=len(self._queue) - free >= self._limit)
+        self._pace.admit(ahead + 1 - free, left, full=ahead - free >= self._limit)
         self._arrivals += 1
         entry = Entry(item, prompt, rank, key, limit=tokens)
         self._queue.insert(ahead, entry)

@@ -16,7 +16,7 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `device` is "cpu", "cuda", "cuda:N", or "auto": the task manager's first `CUDA_VISIBLE_DEVICES`, else
     the CPU. `threads` 0 leaves the number to ONNX Runtime. `slots` generations run at once, `queue`
-    more may wait. What encoders have said is kept in about `cache_mb` megabytes, 0 keeps nothing.
+    more may wait ahead of one. What encoders have said is kept in about `cache_mb` megabytes, 0 keeps nothing.
     `memory_mb` is what all models of the host may take together, their KV caches among it; None sets no bound.
     A decoder's weights of at most `mixed_mb` MB are held twice on a CPU, so that prompts are read in the runs of
     others' tokens; 0 holds none twice. With `speculation`, what a text said before is guessed to come next, where
