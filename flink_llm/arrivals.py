@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from flink_llm import codec
-from flink_llm.errors import RecordError, StateError
+from flink_llm.errors import RecordError, StateError, told
 
 KeySpec = str | Callable[[Any], Any]
 _HEADER_LIMIT, _HEADER_VALUE_LIMIT = 16, 256
@@ -92,7 +92,7 @@ class Arrival(Struct, frozen=True, kw_only=True):
     @property
     def envelope_bytes(self) -> int:
         """What key and headers add to the size of every outcome."""
-        headers = sum(len(name) + len(value or b"") for name, value in self.headers.items())
+        headers = sum(len(name.encode("utf-8", "replace")) + len(value or b"") for name, value in self.headers.items())
         return headers + len((self.key or "").encode("utf-8", "replace"))
 
     @property
@@ -149,8 +149,8 @@ class Keyer:
             return arrival.place, arrival
         try:
             key = _canonical(self._read(arrival))
-        except Exception as error:  # the user's key function may raise anything: it is the record's fault
-            reason = f"the key of the record cannot be read: {type(error).__name__}: {error}"[:500]
+        except (Exception, SystemExit) as error:  # the user's key function may raise anything: it is the record's fault
+            reason = codec.printable(f"the key of the record cannot be read: {told(error)}", 500)
             return arrival.place, msgspec.structs.replace(arrival, key_error=reason)
         return key, msgspec.structs.replace(arrival, key=key)
 

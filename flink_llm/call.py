@@ -170,12 +170,16 @@ class Call:
             data = value if isinstance(value, bytes) else codec.encode(value)
         except TypeError as error:
             raise RecordError("bad_result", f"{what} cannot be encoded: {error}") from error
-        size, limit = len(data) + self.arrival.envelope_bytes, self.shard.runner.settings.max_result_bytes
+        self.check_size(len(data), what)
+        return data
+
+    def check_size(self, value_bytes: int, what: str) -> None:
+        """Raises RecordError `result_too_large`."""
+        size, limit = value_bytes + self.arrival.envelope_bytes, self.shard.runner.settings.max_result_bytes
         if size > limit:
             raise RecordError(
                 "result_too_large", f"{what} has {size} bytes with its key and headers, its topic takes {limit}"
             )
-        return data
 
     def time_left(self, default: float | None, now_ms: float, *, since_ms: float | None) -> float | None:
         """Seconds this record may still take: its own field, else the job's, from `since_ms`, None being now.

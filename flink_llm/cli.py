@@ -133,7 +133,26 @@ def run(config: Path) -> None:
     from flink_llm.config import load
     from flink_llm.local import checks
 
-    checks.job(load(config).job).load().main(["--config", str(config)])
+    checks.job(load(config).job).main(["--config", str(config)])
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("question", required=False)
+@click.option("--user", default="user-1", show_default=True, help="Whose features the reply may use.")
+@click.option("--session", help="The conversation; a new one if absent.")
+@click.option("--timeout", default=60.0, show_default=True, help="Seconds of silence to wait for.")
+def ask(config: Path, question: str | None, user: str, session: str | None, timeout: float) -> None:
+    """Ask a running job a question through Kafka.
+
+    Without QUESTION the terminal is asked for questions, until a line is empty.
+    CONFIG is what the job was started with. The reply is printed as its tokens come.
+    For example: flink-llm ask jobs/llm_inference.yaml "Where is order 1042?"
+    """
+    from flink_llm.config import load
+    from flink_llm.local import talk
+
+    talk.ask(load(config), question, user, session, timeout)
 
 
 @main.command(name="try")
@@ -193,7 +212,7 @@ def features_apply(config: Path) -> None:
 
     settings = load(config).features
     if settings is None:
-        raise ConfigError(f"{config} names no features.repo")
+        raise ConfigError(f"{config} names no features.repo: add `features: {{repo: FOLDER}}`")
     apply_repo(settings)
     click.echo(f"applied {settings.repo}")
 
@@ -207,7 +226,7 @@ def features_fill(config: Path) -> None:
 
     settings = load(config).features
     if settings is None:
-        raise ConfigError(f"{config} names no features.repo")
+        raise ConfigError(f"{config} names no features.repo: add `features: {{repo: FOLDER}}`")
     apply_repo(settings)
     for view, count in fill_demo(settings).items():
         click.echo(f"{view}: {count} rows")
@@ -250,7 +269,7 @@ def failures_list(config: Path, limit: int, **which: Any) -> None:
 def failures_replay(config: Path, send: bool, **which: Any) -> None:
     """Send the originals of dead letters to their topics again.
 
-    Each request once, with its id: one that has been answered meanwhile is not answered twice.
+    Each request once, with its id: one answered within operator.remember_s is not answered twice.
     What has expired is said and counted. Mend first what made them fail.
 
     For example: flink-llm failures replay job.yaml --code outage --since 3h --send

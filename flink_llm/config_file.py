@@ -48,7 +48,7 @@ def mapping(path: Path, otherwise: str) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{path}, {error}") from error
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
+        raise ConfigError(f"{path}: {error.strerror or error}; correct the path") from error
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{path}{_place(error)}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, impossible dates

@@ -12,7 +12,7 @@ from flink_llm.handler import Metrics
 
 log = logging.getLogger(__name__)
 GRACE_S = 1.0
-"""How long a call may take to end once it was cancelled."""
+"""How long a call may take to end once it was cancelled, or its reply cut short."""
 BLOCKED_S = 0.5
 """From here on a late tick is worth a word: nobody else was served meanwhile."""
 
@@ -40,6 +40,7 @@ class Deadlines:
         self._name = name
         self._metrics = metrics
         self._timed: set[Call] = set()
+        self._cut_short: set[Call] = set()  # whose replies have ended with what they had said
         self._earliest = math.inf  # no deadline passes before, on the records' clock
 
     def watch(self, call: Call, seconds: float) -> None:
@@ -51,6 +52,7 @@ class Deadlines:
     def forget(self, call: Call) -> None:
         """The call has ended."""
         self._timed.discard(call)
+        self._cut_short.discard(call)
 
     def passed(self, call: Call) -> bool:
         """Whether its time is over."""
@@ -89,9 +91,10 @@ class Deadlines:
             elif now >= (call.expires_at or 0) + GRACE_S:
                 self._abandon(call)
             elif generations and self._partial:
+                self._cut_short.add(call)
                 for generation in generations:
                     generation.expire()
-            elif call.task.cancelling() == 0:
+            elif call not in self._cut_short and call.task.cancelling() == 0:
                 call.task.cancel()
         self._earliest = min((call.expires_at or now for call in self._timed), default=math.inf)
 

@@ -2,7 +2,7 @@
 
 import math
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 import yaml
@@ -22,7 +22,7 @@ def fitted(raw: Any, kind: type[S], whole: str) -> S:
         return msgspec.convert(fits, kind)
     except msgspec.ValidationError as error:  # a key that is missing: all that is there fits
         text, _, path = str(error).partition(" - at `$")
-        raise ConfigError(f"{path.rstrip('`').lstrip('.') or whole}: {text}") from error
+        raise ConfigError(f"{path.rstrip('`').lstrip('.') or whole}: {_plain(text)}") from error
 
 
 def _fitted(value: Any, kind: Any, where: str, whole: str) -> Any:
@@ -58,7 +58,22 @@ def _scalar(value: Any, kind: Any, where: str, whole: str) -> Any:
             read = yaml.safe_load(value)
             if not isinstance(read, str):
                 return _scalar(read, kind, where, whole)
-        raise ConfigError(f"{where or whole}: {error}") from error
+        raise ConfigError(_refused(value, kind, where or whole, str(error))) from error
+
+
+def _refused(value: Any, kind: Any, where: str, otherwise: str) -> str:
+    choices = [choice for option in _options(kind) if get_origin(option) is Literal for choice in get_args(option)]
+    if choices:
+        return unknown(where, value, choices)
+    if bool in _options(kind):
+        return f"{where}: write true or false, without quotes"
+    return f"{where}: {otherwise}"
+
+
+def _plain(text: str) -> str:
+    """What msgspec says of a key that is missing, in YAML's words."""
+    _, missing, key = text.partition("missing required field ")
+    return f"the key {key} is missing: add it" if missing else text
 
 
 def _options(kind: Any) -> list[Any]:

@@ -178,8 +178,8 @@ def _connector_at_hand(uid: str) -> Iterator[None]:
         if "for identifier 'kafka'" not in str(error):
             raise
         raise ConfigError(
-            f"{uid}: this environment has no Kafka connector: make it by flink_llm.environment.environment(), or "
-            f"env.add_jars() the connector's jar, or put it into Flink's lib folder"
+            f"{uid}: this environment has no Kafka connector: on a cluster give `flink run -j` its jar, or put that "
+            f"into Flink's lib folder; else make it by flink_llm.environment.environment(), or env.add_jars() the jar"
         ) from None
 
 

@@ -10,10 +10,10 @@ _TOPIC = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
 _MODEL = re.compile(r"(?!\.)[A-Za-z0-9._-]+")
 
 
-def unknown(where: str, name: str, known: Iterable[str]) -> str:
+def unknown(where: str, name: object, known: Iterable[str]) -> str:
     """One line: what is unknown, where, and the nearest known name or all of them."""
     names = sorted(known)
-    near = nearest(name, names)
+    near = nearest(str(name), names)
     hint = f"did you mean {near!r}?" if near else f"known: {', '.join(names) or 'none'}"
     return f"{where}: unknown name {name!r}; {hint}"
 

@@ -3,10 +3,11 @@
 Waits double, and each is drawn: calls that failed together must not come back together.
 """
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from flink_llm.errors import CircuitOpen, Outage, Overloaded, Retriable
+from flink_llm.errors import CircuitOpen, Outage, Overloaded, RecordError, Retriable
 
 BACKOFF_S, BACKOFF_LIMIT_S = 0.1, 5.0
 OVERLOADED_S, OVERLOADED_LIMIT_S = 0.01, 1.0
@@ -31,7 +32,7 @@ def wait_before(
     """
     told, first, most = 0.0, BACKOFF_S, BACKOFF_LIMIT_S
     if isinstance(error, (Overloaded, Retriable, CircuitOpen)):
-        told = max(0.0, error.retry_after)
+        told = _seconds(error.retry_after)
     if isinstance(error, Overloaded):
         first, most = OVERLOADED_S, OVERLOADED_LIMIT_S
     backoff = min(most, first * 2.0 ** min(max(0, attempt - 1), 10))
@@ -40,3 +41,33 @@ def wait_before(
         return told + more
     spare = left - told
     return None if spare <= first else told + min(more, spare / 2)
+
+
+def _seconds(told: object) -> float:
+    """What a handler may have taken from an answer's `Retry-After`: a number, its text, a date or nothing."""
+    try:
+        seconds = float(told)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+
+
+def foremost(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What stands for the errors of an `asyncio.TaskGroup`.
+
+    The first of those for which a call is tried again, unless another says that the record cannot be answered; the
+    group itself where there is more to it.
+    """
+    errors = list(_leaves(group))
+    again = (Overloaded, Retriable, *INFRASTRUCTURE)
+    if not all(isinstance(error, (RecordError, *again)) for error in errors):
+        return group
+    return next((error for error in errors if not isinstance(error, again)), errors[0])
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error

@@ -25,7 +25,7 @@ from flink_llm.handler import AsyncUdf, CallContext, Context, Metrics, Services,
 from flink_llm.inbox import Inbox
 from flink_llm.leaks import Leaks
 from flink_llm.places import Places
-from flink_llm.retries import INFRASTRUCTURE, wait_before
+from flink_llm.retries import INFRASTRUCTURE, foremost, wait_before
 from flink_llm.shedding import Shedding
 from flink_llm.turns import Repeats, Turns
 from flink_llm.watching import current_watch
@@ -120,13 +120,7 @@ class Runner:
             return None
         if left is None:
             return None
-        now = self.clock.now()
-        ahead, shedder = self._shedding.ahead(now, call.priority), self._shedding.shedder(call.priority)
-        if shedder.refuses(ahead, left):
-            took = shedder.estimate(ahead)
-            return Failed("shed", f"{left:.3g} s were left, and the answer would have taken about {took:.3g} s")
-        call.admitted = ahead, left, now
-        return None
+        return self._shedding.refusal(call, left, self.clock.now())
 
     def check(self) -> None:
         """Raises what the loop thread could not go on from."""
@@ -218,23 +212,29 @@ class Runner:
                 call.task = asyncio.Task(self._run(call, lane), loop=self._loop)  # none that `Leaks` asks about
 
     async def _run(self, call: Call, lane: Lane | None) -> None:
-        while not call.ended and not self._closing:
-            began = self.clock.now()
-            try:
-                self._end(call, await self._attempt(call, lane))
-            except Overloaded as error:
-                self.metrics.add("overloaded")
-                await self._try_again(call, Failed("overloaded", f"{error} (until the deadline)"[:500]), error)
-            except Retriable as error:
-                await self._retry(call, error)
-            except StateError as error:  # no record's fault: the job has to be told
-                self._fatal = self._fatal or error
-                return
-            except INFRASTRUCTURE as error:
-                self.metrics.add("outages")
-                if call.attempt == 0 and not isinstance(error, CircuitOpen):  # which says itself that it is
-                    log.warning("%s: %s; the record waits and is tried again", self.name, error)
-                await self._wait_out(call, error, began)
+        try:
+            while not call.ended and not self._closing:
+                await self._try(call, lane)
+        except StateError as error:  # no record's fault: the job has to be told
+            self._fatal = self._fatal or error
+        except Exception as error:  # nobody else would end the call
+            log.exception("a call of %s could not be looked after", self.name)
+            self._end(call, Failed("handler_error", told(error), call.generation_id))
+
+    async def _try(self, call: Call, lane: Lane | None) -> None:
+        began = self.clock.now()
+        try:
+            self._end(call, await self._attempt(call, lane))
+        except Overloaded as error:
+            self.metrics.add("overloaded")
+            await self._try_again(call, Failed("overloaded", f"{error} (until the deadline)"[:500]), error)
+        except Retriable as error:
+            await self._retry(call, error)
+        except INFRASTRUCTURE as error:
+            self.metrics.add("outages")
+            if call.attempt == 0 and not isinstance(error, CircuitOpen):  # which says itself that it is
+                log.warning("%s: %s; the record waits and is tried again", self.name, error)
+            await self._wait_out(call, error, began)
 
     async def _retry(self, call: Call, error: Retriable) -> None:
         failed = Failed(str(error.code), str(error.message), call.generation_id)
@@ -291,7 +291,11 @@ class Runner:
         current_call.set(info)
         current_watch.set(call.watch)
         try:
-            result = await self._udf.call(call.request, CallContext(self._context, call, state=state))
+            context = CallContext(self._context, call, state=state)
+            try:
+                result = await self._udf.call(call.request, context)
+            except BaseExceptionGroup as group:
+                raise foremost(group) from None
             return self._result(call, result, state, lane)
         except (Overloaded, Retriable, *INFRASTRUCTURE):
             raise
@@ -333,26 +337,19 @@ class Runner:
         call.ended = True
         call.outcome = outcome
         call.watch.ended()
-        self._learn(call, outcome)
+        if self._shedding is not None:
+            self._shedding.ended(call, outcome, self.clock.now())
         if call.task is not None:
             self._running -= 1
             self._begin()
         if isinstance(outcome, Result):
             self._answered_at = self.clock.now()
         self._deadlines.forget(call)
+        if isinstance(outcome, Failed):  # before the turn is another's: a repeat runs in this call's place
+            self._repeats.answer(call, outcome)
         self._hand_over(self._turns.leave(call, outcome))
-        self._repeats.answer(call, outcome)
-
-    def _learn(self, call: Call, outcome: Outcome) -> None:
-        """What the call took tells what others will; what fails at once tells nothing."""
-        if self._shedding is None:
-            return
-        if call.rank is not None:
-            self._shedding.leave(call.rank)
-        if call.admitted is not None:
-            ahead, left, since = call.admitted
-            if isinstance(outcome, Result) or outcome.code in ("deadline", "overloaded"):
-                self._shedding.shedder(call.priority).answered(ahead, self.clock.now() - since, left)
+        if isinstance(outcome, Result):
+            self._repeats.answer(call, outcome)
 
     def _hand_over(self, calls: list[Call]) -> None:
         if not calls:

@@ -95,13 +95,6 @@ class Shard:
                     yield self._output("partial", call.arrival, partial, None)
         self._purge()
 
-    def drain_all(self) -> Iterator[Output]:
-        """The end of bounded input: waits until nothing is in flight."""
-        yield from self.drain()
-        while self._open:
-            self.runner.places.wait_until(lambda: bool(self.events), 0.1)
-            yield from self.drain()
-
     def beat(self) -> None:
         """Writes down that the shard is alive: `alive_ms` of a restored one is when it last was."""
         self._kept.set_meta(self._settings.shards, self._settings.max_parallelism, self._now_ms())
@@ -194,7 +187,7 @@ class Shard:
         return output
 
     def _settle(self, call: Call) -> Output | None:
-        outcome = call.outcome
+        outcome = self._sized(call)
         call.watch.emitted(call)
         if isinstance(outcome, Result):
             if outcome.state is not None:
@@ -206,6 +199,15 @@ class Shard:
             self.runner.metrics.add(f"failures.{outcome.code}")
             return self._failure(call, outcome)
         return None
+
+    def _sized(self, call: Call) -> Outcome | None:
+        """The outcome, or why it is none: a repeat's has headers of its own."""
+        try:
+            if isinstance(call.outcome, Result):
+                call.check_size(len(call.outcome.value), "the result")
+        except RecordError as error:
+            return Failed(error.code, error.message)
+        return call.outcome
 
     def _remember(self, call: Call, result: Result) -> None:
         if call.identity is None or self._settings.remember_s <= 0:

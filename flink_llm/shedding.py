@@ -12,6 +12,7 @@ learnt for each priority by itself: whoever comes later overtakes the low ones a
 from bisect import bisect_left, bisect_right
 from threading import Lock
 
+from flink_llm.call import Call, Failed, Outcome, Result
 from flink_llm.priorities import LANES, lane_of, rank_of
 
 WEIGHT = 1 / 16
@@ -96,3 +97,21 @@ class Shedding:
         """One of this rank has ended."""
         with self._lock:
             del self._ranks[bisect_left(self._ranks, rank)]
+
+    def refusal(self, call: Call, left: float, now: float) -> Failed | None:
+        """Why a call that comes with `left` seconds is refused, None for one that is let in."""
+        ahead, shedder = self.ahead(now, call.priority), self.shedder(call.priority)
+        if shedder.refuses(ahead, left):
+            took = shedder.estimate(ahead)
+            return Failed("shed", f"{left:.3g} s were left, and the answer would have taken about {took:.3g} s")
+        call.admitted = ahead, left, now
+        return None
+
+    def ended(self, call: Call, outcome: Outcome, now: float) -> None:
+        """What a call took tells what others will; what fails at once tells nothing."""
+        if call.rank is not None:
+            self.leave(call.rank)
+        if call.admitted is not None:
+            ahead, left, since = call.admitted
+            if isinstance(outcome, Result) or outcome.code in ("deadline", "overloaded"):
+                self.shedder(call.priority).answered(ahead, now - since, left)

@@ -2,7 +2,9 @@
 and one run for all records of one request id. Lives on the runner's loop.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
+from operator import attrgetter
 
 from flink_llm.call import Call, Failed, Lane, Outcome, Result
 
@@ -31,8 +33,8 @@ class Turns:
         """Begins the call, or has it wait for its turn."""
         lane = self._lanes.get(_key(call))
         if self._one_by_one and lane is not None:
-            if lane.running is not None:
-                lane.waiting.append(call)
+            if lane.running is not None:  # one that runs in the place of an earlier record goes before later ones
+                lane.waiting.insert(bisect_left(lane.waiting, call.sequence, key=attrgetter("sequence")), call)
                 return
             lane.running = call
         self._begin(call, lane)

@@ -40,11 +40,32 @@ def test_a_key_is_a_field_or_a_function_of_the_request(spec, key):
     assert arrival.request(ChatRequest).session_id == "s"
 
 
-@pytest.mark.parametrize("spec", ["nothing", "messages", lambda request: 1 / 0, lambda request: 1.5])
+class Untellable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+def untellable(request):
+    raise Untellable
+
+
+def unkeepable(request):
+    raise ValueError("half a character: \ud800")
+
+
+def exiting(request):
+    raise SystemExit
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["nothing", "messages", lambda request: 1 / 0, lambda request: 1.5, untellable, unkeepable, exiting],
+)
 def test_a_record_without_a_key_is_keyed_by_its_place_and_fails_there(spec):
     arrival = Arrival(value=VALUE, from_kafka=True, topic="t", partition=1, offset=2)
     by, arrival = Keyer(spec, ChatRequest).arrive(arrival)
     assert by == "t/1/2"
+    arrival = Arrival.from_bytes(arrival.to_bytes())
     with pytest.raises(RecordError) as caught:
         arrival.request(ChatRequest)
     assert caught.value.code == "bad_key"

@@ -1,11 +1,19 @@
 """What the Flink operator does before and around the runner; the rest is tested where it is, or in integration."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from flink_llm.arrivals import Arrival
+from flink_llm.call import OperatorSettings
 from flink_llm.errors import ConfigError
+from flink_llm.handler import AsyncUdf
+from flink_llm.kept import Kept
+from flink_llm.runner import Runner
+from flink_llm.shard import Shard
+from flink_llm.testing import FakeServices, MemoryMap
 from flink_llm.udfs import async_operator, patience
 from flink_llm.udfs.event_time import low_mark
 
@@ -81,6 +89,31 @@ class Timers:
 
     def register_processing_time_timer(self, moment):
         self.set.append(moment)
+
+
+class Chatty(AsyncUdf):
+    async def call(self, request: dict, ctx) -> dict:
+        for number in range(1500):  # more than may wait for their emission
+            await ctx.emit({"number": number})
+        return {"id": request["id"]}
+
+
+@pytest.mark.parametrize("ends", [(0, 1), (1, 0)])
+def test_the_end_of_one_shard_waits_for_no_other_in_vain(ends):
+    runner = Runner(Chatty(), FakeServices(), OperatorSettings(capacity=2, deadline=20.0))
+    runner.start()
+    operator = async_operator._AsyncOperator(None, None, None, [0, 1], None)
+    operator._runner = runner
+    shards = operator._shards = {number: Shard(number, Kept(MemoryMap()), runner) for number in range(2)}
+    operator._emit = lambda outputs, ctx: outputs
+    try:
+        for number, shard in enumerate((1, 1, 0)):  # two of shard 1 have the places, that of shard 0 waits for one
+            data = Arrival(key="k", value=b'{"id": 1}', from_kafka=True, topic="t", partition=0, offset=number)
+            assert shards[shard].receive(data.to_bytes()) == []
+        kinds = Counter(output.kind for shard in ends for output in operator._finish(shards[shard], None))
+    finally:
+        runner.close()
+    assert kinds == {"partial": 4500, "result": 3}
 
 
 def test_every_shard_of_a_piece_has_its_own_timers_and_its_beat():

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from flink_llm.errors import LocalError
+from flink_llm.config import parse
+from flink_llm.errors import ConfigError, LocalError
 from flink_llm.local import demo, demo_job, processes
 from flink_llm.local.demo_table import Tally
-from flink_llm.local.demo_talk import Talk
+from flink_llm.local.talk import Talk, ask
 
 
 class Scripted(demo.Demo):
@@ -51,8 +52,25 @@ def played(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
-def test_the_end_of_the_talk_is_no_error(played, end):
-    assert played(converse=end) is True
+def test_the_end_of_a_talk_is_no_error_nor_is_a_failure(end, capsys, monkeypatch):
+    failure = {"request_id": "7", "code": "model_error", "message": "it [broke]"}
+    talk = Heard(("chat.failures", failure))
+    said = iter(["Where?", "And?"])
+    asked = []
+
+    def line(prompt):
+        talk.arrived = talk.arrived if not asked else ()
+        return next(said, None) or ended()
+
+    def ended():
+        raise end
+
+    talk._console.input = line
+    monkeypatch.setattr(talk, "send", lambda *request: asked.append(request) or "7")
+    monkeypatch.setattr(talk, "flush", lambda: None)
+    talk.converse(5, "user-2", "s")
+    assert asked == [("Where?", "user-2", "s"), ("And?", "user-2", "s")]
+    assert capsys.readouterr().out.splitlines() == ["model_error: it [broke]", "no reply within 5 s"]
 
 
 def test_an_event_without_a_reply_is_told_after_the_talk(played):
@@ -113,10 +131,10 @@ def test_a_reply_is_shown_while_it_comes(capsys):
     assert capsys.readouterr().out == "Order 7 "
 
 
-def test_a_failure_is_shown_in_the_reply_s_place(capsys):
-    failure = {"request_id": "7", "code": "model_error", "message": "it [broke]"}
-    assert Heard(("chat.failures", failure)).show("7", 1) is None
-    assert capsys.readouterr().out == "model_error: it [broke]\n"
+def test_a_failure_comes_in_the_reply_s_place():
+    failure = {"request_id": "7", "code": "model_error", "message": "it broke"}
+    with pytest.raises(LocalError, match=r"^model_error: it broke$"):
+        Heard(("chat.failures", failure)).show("7", 1)
 
 
 def test_an_event_counts_once_however_often_it_arrives():
@@ -134,3 +152,17 @@ def test_an_event_counts_once_however_often_it_arrives():
     assert said["first streamed reply"] == "after 3 s"
     assert said["answered"] == "1 of 2" and said["failures"] == "1"
     assert "to the first token, 2 at once, p50" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"job": "embedding"}, "makes vectors$"),
+        ({"files": {"requests": "in", "outcomes": "out"}}, "reads files$"),
+        ({"kafka": {"bootstrap_servers": "127.0.0.1:1"}}, "no broker answers at 127.0.0.1:1"),
+    ],
+)
+def test_what_cannot_be_asked_says_why(changes, why, tmp_path):
+    raw = {"job": "llm_inference", "name": "n", "models": {"support-chat": "m"}, **changes}
+    with pytest.raises(ConfigError, match=why):
+        ask(parse(raw, tmp_path), "Where?", "user-1", None, 1.0)

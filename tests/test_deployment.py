@@ -45,8 +45,8 @@ def test_a_file_is_read_with_its_folders_made_absolute(tmp_path: Path) -> None:
         ("versions: [{folder: a, wieght: 3}]", "versions[0]: unknown name 'wieght'; did you mean 'weight'?"),
         ("version: []", "deployment: unknown name 'version'; did you mean 'versions'?"),
         ("versions: []", "versions: Expected `array` of length >= 1"),
-        ("versions: [{weight: 3}]", "versions[0]: Object missing required field `folder`"),
-        ("{}", "deployment: Object missing required field `versions`"),
+        ("versions: [{weight: 3}]", "versions[0]: the key `folder` is missing: add it"),
+        ("{}", "deployment: the key `versions` is missing: add it"),
         ("versions: [{folder: a, weight: -1}]", "versions[0].weight: Expected `int` >= 0"),
         ("versions: [{folder: a, weight: .nan}]", "versions[0].weight: nan is no number to work with"),
         ("versions: [{folder: a, canary: {window: 3}}]", "versions[0].canary.window: Expected `int` >= 10"),
@@ -68,7 +68,7 @@ def test_a_broken_file_is_one_line_that_names_file_and_key(tmp_path: Path, text:
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^/.*/none.yaml: No such file or directory$"):
+    with pytest.raises(ConfigError, match=r"^/.*/none.yaml: No such file or directory; correct the path$"):
         read_deployment(tmp_path / "none.yaml")
 
 

@@ -72,6 +72,19 @@ def test_an_unknown_job_is_named(job, tmp_path, capsys):
     assert lines(capsys)["✗ job"] == "job: unknown name 'llm_inferense'; did you mean 'llm_inference'?"
 
 
+def test_a_job_is_a_module_with_a_main(job, tmp_path, capsys, monkeypatch):
+    class Point:
+        name, value = "mine", "package.module:main"
+
+        def load(self):
+            return test_a_job_is_a_module_with_a_main
+
+    monkeypatch.setattr(checks, "entry_points", lambda group: [Point()])
+    doctor.examine(job(job="mine"), tmp_path)
+    said = lines(capsys)["✗ job"]
+    assert said == "job: mine is 'package.module:main': name a module that has main(arguments) there"
+
+
 @pytest.mark.parametrize(
     ("flink", "jar", "good"),
     [
@@ -224,7 +237,7 @@ def test_a_deployment_file_is_looked_at_with_its_folders(job, tmp_path, capsys):
     doctor.examine(job(models={"support-chat": "chat.yaml", "other": "none.yaml"}), tmp_path)
     said = lines(capsys)
     assert said["✓ model support-chat"].endswith(f"in {tmp_path / 'v1'}")
-    assert said["✗ model other"] == f"{tmp_path / 'none.yaml'}: No such file or directory"
+    assert said["✗ model other"] == f"{tmp_path / 'none.yaml'}: No such file or directory; correct the path"
 
 
 def test_an_adapter_that_the_model_has_not_is_named(job, tmp_path, capsys):

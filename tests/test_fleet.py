@@ -273,7 +273,7 @@ def test_a_model_that_a_client_loaded_as_a_folder_stays_when_a_deployment_drops_
         ("versions: [{folder: v1}, {folder: v9}]", "no script for the model 'v9'"),
         ("versions: [{folder: embed}]", "is of kind 'embedding' with labels [], the deployment serves 'decoder'"),
         ("versions: [{folder: v1}, {folder: sub/v1}]", "versions[1].folder is the same model as versions[0]"),
-        (None, "chat.yaml: No such file or directory"),
+        (None, "chat.yaml: No such file or directory; correct the path"),
     ],
 )
 def test_a_file_that_cannot_be_taken_is_one_line_in_the_log_and_changes_nothing(
@@ -372,10 +372,12 @@ def test_a_file_whose_folder_comes_later_is_taken_then(folder: Path, models: Pat
 
 def test_a_first_file_that_cannot_be_taken_is_the_clients_error(folder: Path, models: Path) -> None:
     async def case(stage: Stage) -> None:
-        with pytest.raises(ModelFolderError, match=r"chat.yaml: No such file or directory$"):
+        with pytest.raises(ModelFolderError, match=r"chat.yaml: No such file or directory; correct the path$"):
             await stage.client.load(str(stage.file))
         stage.write(models / "v1", models / "v9")
-        with pytest.raises(ModelFolderError, match=r"/v9 is not a model folder: No such file or directory$"):
+        with pytest.raises(
+            ModelFolderError, match=r"/v9 is not a model folder: No such file or directory; correct the path, "
+        ):
             await stage.client.load(str(stage.file))
         assert stage.backend._models == {}
         stage.write(models / "v1")

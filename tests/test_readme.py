@@ -91,3 +91,10 @@ def test_configurations_are_ones_that_load(page, tmp_path, monkeypatch):
             file = tmp_path / "job.yaml"
             file.write_text(code)
             assert "secret" not in repr(config.load(file))
+
+
+def test_every_code_of_a_failure_is_on_its_page():
+    from flink_llm.errors import CODES
+
+    page = (ROOT / "docs" / "records.md").read_text()
+    assert dict(re.findall(r"^\| `([a-z_]+)` \| (.+) \|$", page, re.MULTILINE)) == CODES

@@ -1,16 +1,18 @@
 """How long a call waits before another try, and what becomes of one that a handler calls worth it."""
 
+import math
 import pickle
 import random
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flink_llm.call import OperatorSettings
-from flink_llm.errors import Outage, Overloaded, Retriable
+from flink_llm.errors import Outage, Overloaded, RecordError, Retriable
 from flink_llm.handler import AsyncUdf
-from flink_llm.retries import BACKOFF_LIMIT_S, BACKOFF_S, wait_before
+from flink_llm.retries import BACKOFF_LIMIT_S, BACKOFF_S, foremost, wait_before
 from flink_llm.testing import Harness
 
 seconds = st.floats(0, 60)
@@ -32,6 +34,26 @@ def test_a_wait_is_bounded_fits_and_heeds_what_it_was_told(error, attempt, left,
         assert told <= delay <= told * 1.5 + BACKOFF_LIMIT_S
         assert delay > 0  # never a loop without a pause
         assert left is None or delay < left
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [("5", 5.0), (None, 0.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0), (math.nan, 0.0), (math.inf, 0.0), (-1, 0.0)],
+)
+def test_a_retry_after_is_taken_as_the_answer_had_it(after, told):
+    assert told <= wait_before(Retriable("busy", "503", after), 1) <= 1.5 * told + BACKOFF_S
+
+
+OUT, BUSY, WRONG, FOREIGN = Outage("out"), Overloaded("busy"), RecordError("invalid", "wrong"), ValueError("bug")
+
+
+@pytest.mark.parametrize(
+    ("errors", "stands"),
+    [([OUT, BUSY], OUT), ([BUSY, OUT], BUSY), ([OUT, WRONG], WRONG), ([OUT, FOREIGN], None), ([FOREIGN], None)],
+)
+def test_one_error_stands_for_those_of_a_task_group(errors, stands):
+    group = ExceptionGroup("of a TaskGroup", [ExceptionGroup("inner", errors[:1]), *errors[1:]])
+    assert foremost(group) is (stands or group)
 
 
 def test_waits_double_and_are_drawn():

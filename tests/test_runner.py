@@ -173,6 +173,29 @@ def test_calls_of_one_key_run_in_turn_from_the_uncommitted_state():
     assert all(found == list(range(1, 11)) for found in counts.values())
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_repeat_that_runs_for_its_first_keeps_its_place_in_the_order_of_state(ordered):
+    class Seen(AsyncUdf):
+        stateful, failed = True, False
+
+        async def call(self, request: dict, ctx):
+            ctx.state["seen"] = seen = [*ctx.state.get("seen", []), request["n"]]
+            await asyncio.sleep(0.5)
+            if not Seen.failed:
+                Seen.failed = True
+                raise RecordError("invalid", "once")
+            return {"n": request["n"], "seen": seen}
+
+    with Harness(Seen(), settings=OperatorSettings(ordered=ordered)) as run:
+        for request_id, number in (("r1", 1), ("r1", 1), ("r2", 2)):
+            run.send({"session_id": "a", "request_id": request_id, "n": number})
+        run.finish()
+        run.send({"session_id": "a", "request_id": "r3", "n": 3})
+        run.finish()
+    assert [result["seen"] for result in run.results()] == [[1], [1, 2], [1, 2, 3]]
+    assert [failure["request_id"] for failure in run.failures()] == ["r1"]
+
+
 def test_a_failed_call_changes_no_state():
     with Harness(Counting()) as run:
         for number, text in enumerate(["ok", "fail", "bad", "ok"]):
@@ -243,6 +266,23 @@ def test_a_deadline_in_mid_reply_gives_the_part_there_is():
     assert services.backend.cancelled == 1
 
 
+def test_a_handler_has_a_moment_for_a_reply_that_its_deadline_cut_short():
+    class Storing(AsyncUdf):
+        async def open(self, ctx):
+            self.model = ctx.model("echo")
+
+        async def call(self, request: ChatRequest, ctx) -> ChatResponse:
+            reply = self.model.chat(request.messages)
+            await reply
+            await asyncio.sleep(0.2)  # it is stored somewhere
+            return reply.response
+
+    with Harness(Storing(), FakeServices({"echo": Script(text="one two three", tokens=3, gap_ms=1000)})) as run:
+        run.send(request(1, deadline=1.5))
+        run.finish()
+    assert [result["finish_reason"] for result in run.results()] == ["deadline"]
+
+
 def test_a_call_that_never_ends_is_abandoned():
     with Harness(Plain()) as run:
         run.send(request(1, text="stubborn", deadline=0.05))
@@ -257,6 +297,27 @@ def test_an_outage_is_waited_out():
         run.finish()
     assert len(run.results()) == 1
     assert not run.failures()
+
+
+def test_an_outage_in_a_task_group_is_an_outage():
+    class Both(AsyncUdf):
+        async def open(self, ctx):
+            self.model = ctx.model("echo")
+
+        async def call(self, request: dict, ctx):
+            async def one():
+                return (await self.model.generate("hi")).text
+
+            async with asyncio.TaskGroup() as group:
+                said = [group.create_task(one()) for _ in range(2)]
+            return {"said": [task.result() for task in said]}
+
+    with Harness(Both(), FakeServices({"echo": Script(text="yes", first_ms=500)})) as run:
+        run.send({"session_id": "a"})
+        run.advance(0.1)
+        run.outage(3.0)
+        run.finish()
+    assert (run.results(), run.failures()) == ([{"said": ["yes", "yes"]}], [])
 
 
 def test_the_clock_of_a_record_stands_still_while_a_part_is_out():
@@ -414,6 +475,25 @@ def test_a_result_too_large_for_its_topic_is_a_failure():
         run.send(request(1, text="x" * 200))
         run.finish()
     assert [failure["code"] for failure in run.failures()] == ["result_too_large"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_repeat_with_larger_headers_is_too_large_too(at_once):
+    asked, headers = {"session_id": "a", "request_id": "r"}, {"h": b"z" * 5000}
+
+    class Long(AsyncUdf):
+        async def call(self, request: dict, ctx):
+            return {"x": "x" * 900}
+
+    with Harness(Long(), settings=OperatorSettings(max_result_bytes=1000)) as run:
+        run.send(asked)
+        if not at_once:
+            run.finish()
+        run.send(asked, headers=headers)
+        run.send(asked)
+        run.finish()
+    assert [failure["code"] for failure in run.failures()] == ["result_too_large"]
+    assert len(run.results()) == 2
 
 
 def test_a_handler_that_cannot_open_says_so_in_one_line():

@@ -443,3 +443,19 @@ def test_a_reader_says_what_is_missing_or_changed():
         reader.texts()
     with pytest.raises(ValueError, match="token 2 of r was 'x' before, now 'y'"):
         reader.token(token(2, "y"))
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_a_crash_while_the_operator_is_full_reads_on_where_it_was(at):
+    class Slow(AsyncUdf):
+        async def call(self, request: dict, ctx) -> dict:
+            await asyncio.sleep(1)
+            return request
+
+    with Harness(Slow(), settings=OperatorSettings(capacity=1)) as run:
+        run.crash_after(at)
+        for number in range(5):
+            run.send({"session_id": "a", "n": number})
+        run.finish()
+    assert [result["n"] for result in run.results()] == list(range(5))
+    assert run.crashes == 1

@@ -44,9 +44,11 @@ def _row(name: str, cells: tuple[Any, ...], texts: int, options: tuple[str, ...]
         if not isinstance(cell, str):
             return RecordError("invalid", f"argument {number + 1} of {name} is no text: CAST(... AS STRING)")
     if options is None:
-        unsure = any(isinstance(cell, float) for cell in cells)
-        wrong = RecordError("invalid", "a number beside NULLs is beyond 2**53, or is none: CAST(... AS STRING)")
-        return wrong if unsure else Row(cells)
+        if any(isinstance(cell, float) for cell in cells):
+            return RecordError("invalid", "a number beside NULLs is beyond 2**53, or is none: CAST(... AS STRING)")
+        if not all(isinstance(cell, (str, int, bytes)) for cell in cells):
+            return RecordError("invalid", f"a key of {name} is neither text nor a whole number: CAST(... AS STRING)")
+        return Row(cells)
     try:
         text = _options_text(chosen)
         read = read_options(text, options)

@@ -229,7 +229,7 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
         if number not in self._shards:
             yield from self._touch(number, ctx)
         if ctx.time_domain() == TimeDomain.EVENT_TIME:
-            yield from self._emit(self._shards[number].drain_all(), ctx)
+            yield from self._finish(self._shards[number], ctx)
             return
         if self._timer is not None and timestamp >= self._timer:
             self._timer = None
@@ -261,6 +261,16 @@ class _AsyncOperator(KeyedProcessFunction):  # type: ignore[misc]
             return
         for shard in ready:
             yield from self._emit(shard.drain(), ctx)
+
+    def _finish(self, shard: Shard, ctx: Any) -> Iterator[Any]:
+        """The end of bounded input: waits until nothing of the shard is in flight.
+
+        What others say goes on meanwhile: their calls may have the places, and wait for their partials to leave.
+        """
+        yield from self._drain(ctx)
+        while shard.in_flight:
+            self._runner.places.wait_until(lambda: any(each.events for each in self._shards.values()), 0.1)
+            yield from self._drain(ctx)
 
     def _look_after(self, number: int, ctx: Any) -> None:
         """A shard's own timers: by the slow one a restored job finds it, at a beat it says that it is alive."""

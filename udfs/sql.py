@@ -139,10 +139,12 @@ class _Typed:
         self._errors = errors
 
     def __call__(self, outcome: Outcome) -> Any:
-        if isinstance(outcome, Failed):
-            return {"error_code": outcome.code, "error_message": outcome.message} if self._errors else None
-        found = msgspec.json.decode(msgspec.json.decode(outcome.value)["value"])
-        return {name: part.convert(found.get(name)) for name, part in self._row.parts.items()}
+        if isinstance(outcome, Result):
+            found = msgspec.json.decode(msgspec.json.decode(outcome.value)["value"])
+            if isinstance(found, dict):
+                return {name: part.convert(found.get(name)) for name, part in self._row.parts.items()}
+            outcome = Failed("model_error", "the reply is no JSON object")
+        return {"error_code": outcome.code, "error_message": outcome.message} if self._errors else None
 
 
 def _group(function_context: FunctionContext) -> Any:

@@ -199,7 +199,10 @@ def command(
     @click.option("--logs", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log.")
     @click.argument("extra", nargs=-1)
     def host(path: Path | None, linger: float, linger_work: float, extra: tuple[str, ...], **chosen: Any) -> None:
-        """Serve models to every job on this machine. Jobs start it themselves; this runs it in sight."""
+        """Serve models to jobs on this machine whose `host` settings are these.
+
+        Jobs start it themselves; this runs it in sight.
+        """
         settings = HostSettings(
             linger_s=linger, linger_work_s=linger_work, launcher=launcher, launcher_args=list(extra), **chosen
         )

@@ -155,9 +155,16 @@ def _names(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
     except (OSError, ValueError) as error:  # ValueError for a NUL in the path
-        raise ModelFolderError(f"{folder} is not a model folder: {getattr(error, 'strerror', error)}") from error
+        why = getattr(error, "strerror", error)
+        raise ModelFolderError(
+            f"{folder} is not a model folder: {why}; correct the path, or make one by "
+            f"`flink-llm export SOURCE --to FOLDER`"
+        ) from error
     if MANIFEST not in names:
-        raise ModelFolderError(f"{folder} has no {MANIFEST}: it is not a model folder")
+        raise ModelFolderError(
+            f"{folder} has no {MANIFEST}: it is not a model folder; one of Hugging Face's becomes one by "
+            f"`flink-llm export {folder} --to FOLDER`"
+        )
     return names
 
 

@@ -10,8 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 from filelock import FileLock, Timeout
 
@@ -86,12 +87,15 @@ def slots(config: JobConfig) -> str:
     )
 
 
-def job(name: str) -> EntryPoint:
-    """The installed job of that name."""
+def job(name: str) -> ModuleType:
+    """The module of the installed job of that name. Raises ConfigError, and whatever its import raises."""
     found = {entry.name: entry for entry in entry_points(group="flink_llm.jobs")}
     if name not in found:
         raise ConfigError(unknown("job", name, found))
-    return found[name]
+    module = found[name].load()
+    if not callable(getattr(module, "main", None)):
+        raise ConfigError(f"job: {name} is {found[name].value!r}: name a module that has main(arguments) there")
+    return module  # type: ignore[no-any-return]
 
 
 def python() -> str:

@@ -12,11 +12,12 @@ import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from flink_llm.config import load
 from flink_llm.errors import LocalError
 from flink_llm.local import demo_data, demo_job, processes
 from flink_llm.local.broker import Broker
 from flink_llm.local.demo_table import Tally
-from flink_llm.local.demo_talk import Talk
+from flink_llm.local.talk import Talk
 
 DEADLINE_S = 300
 """Hundreds of questions at once are asked of whatever machine this is: a slow one takes its time."""
@@ -76,8 +77,8 @@ class Demo:
         self._start()
         good = self._sample()
         if sys.stdin.isatty() and sys.stdout.isatty():
-            with contextlib.suppress(EOFError, KeyboardInterrupt):
-                self._talk.converse(TALK_S)
+            self._console.print("Ask about an order, for example 1042. An empty line ends.")
+            self._talk.converse(TALK_S)
         return good
 
     def _clean_up(self) -> None:
@@ -112,7 +113,7 @@ class Demo:
         job = demo_job.configuration(self._state, kafka=kafka, name="demo")
         job["operator"]["deadline"] = DEADLINE_S
         config.write_text(yaml.safe_dump(job))
-        self._talk.open(self._broker.bootstrap_servers)
+        self._talk.open(load(config))
         command = [sys.executable, "-m", "flink_llm", "run", str(config)]
         self._log.unlink(missing_ok=True)
         processes.start(command, self._log, {**os.environ, "PYTHONUNBUFFERED": "1"}, file=self._job_file)

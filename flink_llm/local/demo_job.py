@@ -59,10 +59,15 @@ def configuration(state: Path, **changes: Any) -> dict[str, Any]:
     return {**raw, **changes}
 
 
+def identifier() -> str:
+    """A new id, of a request or of a session."""
+    return uuid.uuid4().hex
+
+
 def request(question: str, user: str, session: str) -> dict[str, Any]:
     """A new request of the main job, as plain values."""
     return {
-        "request_id": uuid.uuid4().hex,
+        "request_id": identifier(),
         "session_id": session,
         "user_id": user,
         "messages": [{"role": "user", "content": question}],

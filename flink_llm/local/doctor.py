@@ -64,7 +64,7 @@ def _checks(settings: JobConfig | None, state: Path | None) -> Iterator[tuple[st
         yield "demo model", lambda: checks.model(str(shipped("models") / "support-chat"))
     if settings is None:
         return
-    yield "job", lambda: checks.job(settings.job).value
+    yield "job", lambda: checks.job(settings.job).__name__
     yield "slots", partial(checks.slots, settings)
     if settings.files is not None:
         yield "requests", partial(checks.requests, settings)

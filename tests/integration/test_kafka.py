@@ -158,7 +158,7 @@ kafka.source(tables, KafkaSettings(), ["requests"], uid="requests")
 def test_an_environment_without_the_connector_is_told_so():
     ran = subprocess.run([sys.executable, "-c", WITHOUT_A_CONNECTOR], capture_output=True, text=True)
     said = ran.stderr.strip().splitlines()[-1]
-    assert "ConfigError: requests: this environment has no Kafka connector: make it by" in said
+    assert "ConfigError: requests: this environment has no Kafka connector: on a cluster" in said
 
 
 def test_a_topic_with_other_partitions_is_not_taken_for_the_one_asked_for(broker, topics):
