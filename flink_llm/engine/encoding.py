@@ -87,6 +87,7 @@ class Encoding:
         self._encoder.warm_up()
         self._waiting: list[_Row] = []
         self._ready: list[_Asked] = []
+        self._in_step: list[_Asked] = []
         self._pace = Pace(1)
 
     def add(self, job: Job) -> None:
@@ -114,11 +115,13 @@ class Encoding:
     def step(self, said: Said) -> bool:
         """See `ServedModel.step`. One run, after which those it answers are told."""
         ready, self._ready = self._ready, []
+        self._in_step = list(ready)
         for asked in ready:
             asked.job.metrics.began(time.monotonic())
             self._finish(asked, said)
         self._let_go()
         rows = list(self._take())
+        self._in_step += [row.asked for row in rows]
         if rows:
             began = time.monotonic()
             self._count(rows, began)
@@ -126,6 +129,7 @@ class Encoding:
             self._pace.took((time.monotonic() - began) / len(rows))
             for row, answer in zip(rows, found, strict=True):
                 self._answer(row, answer, said)
+        self._in_step = []
         return bool(ready or rows)
 
     def _let_go(self) -> None:
@@ -143,8 +147,8 @@ class Encoding:
 
     def drop(self) -> list[Job]:
         """See `ServedModel.drop`."""
-        asked = [*self._ready, *(row.asked for row in self._waiting)]
-        self._ready, self._waiting = [], []
+        asked = [*self._in_step, *self._ready, *(row.asked for row in self._waiting)]
+        self._in_step, self._ready, self._waiting = [], [], []
         return [each.job for each in dict.fromkeys(asked) if not each.over]
 
     def _check(self, work: Submit) -> None:
@@ -228,6 +232,7 @@ class Encoding:
             call=0, generation=asked.job.generation, prompt_tokens=sum(answer.tokens for answer in answers),
             vector=vector, scores=scores, entities=[each for answer in answers for each in answer.entities],
         )  # fmt: skip
+        asked.over = True
         asked.job.say(done, said)
 
 

@@ -179,9 +179,12 @@ class OnnxBackend:
                 continue
             taken += 1
             try:
-                self._models[job.work.model].add(job)
+                model = self._models.get(job.work.model)
+                if model is None:
+                    raise Outage("the model was let go of meanwhile")
+                model.add(job)
             except BaseException as error:  # a panic of the tokenizer is no Exception
-                if not job.cancelled:  # its model may have been let go of meanwhile
+                if not job.cancelled:
                     job.fail(error, said)
             if time.monotonic() > until:
                 return

@@ -38,6 +38,7 @@ class _Live:
         self.path = path
         self.loaded: Loaded | None = None
         self.models: list[Held] = []
+        self.coming: list[Held] = []  # of a file that is being taken in
         self.routes = Routes(self.id, [])
         self.content: bytes | None = None
         self.seen: bytes | None = None
@@ -169,7 +170,8 @@ class Fleet:
                 failed = run.routes.abandoned(run.number, run.silent_ms)
             for number, why in failed:
                 canary = live.models[number]
-                canary.deployments.discard(live.id)
+                if canary not in live.coming:
+                    canary.deployments.discard(live.id)
                 log.error("%s: the canary %s, %s, is rolled back: %s", live.path, canary.folder, _short(canary), why)
                 self._spawn(self._stock.sweep())
         if not held.wanted:
@@ -212,11 +214,14 @@ class Fleet:
         joining = [held for held in models if live.id not in held.deployments]
         for held in joining:
             held.deployments.add(live.id)
+        live.coming = models
         try:
             versions = [await self._stock.ready(held) for held in models]
         except BaseException:
-            self._leave(live, joining)
+            self._leave(live, [*joining, *(live.models[number] for number in live.routes.rolled_back)])
             raise
+        finally:
+            live.coming = []
         left = [held for held in live.models if held not in models]
         live.routes, live.models = Routes(live.id, deployment.versions), models
         live.loaded = _as_one(live, versions)

@@ -152,7 +152,7 @@ class Served:
         try:
             work = msgspec.convert(plain, Submit)
             return msgspec.structs.replace(work, work=work_id(info, work))
-        except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError) as error:
+        except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError, RecursionError) as error:
             raise RecordError("invalid", f"this cannot be sent to {self.name}: {error}") from error
 
     async def _finish(self, kind: WorkKind, **fields: Any) -> Done:

@@ -134,7 +134,11 @@ class Peer(asyncio.Protocol):
             self._calls[work.call] = listener
 
     def _hear(self, event: Event) -> None:
-        self.send(event)
+        try:
+            self.send(event)
+        except ProtocolError as error:  # or its client would wait for ever, and who hears it after this one too
+            event = Fault(call=event.call, kind="record", code="result_too_large", message=str(error))
+            self.send(event)
         if not isinstance(event, Tokens):
             self._calls.pop(event.call, None)
 

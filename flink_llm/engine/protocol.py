@@ -284,7 +284,7 @@ class FrameReader:
                 break
             try:
                 messages.append(self._decoder.decode(bytes(buffer[start + _LENGTH.size : end])))
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise ProtocolError(f"not a message of protocol {PROTOCOL_VERSION}: {error}") from error
             start = end
         del buffer[:start]

@@ -75,7 +75,8 @@ class Stock:
         """A model by its folder; nothing is loaded. Raises ModelFolderError."""
         loaded, need = await self._shelf.look(folder, sha256)
         held = self._held.setdefault(loaded.sha256, Held(folder, loaded, need))
-        held.folder = folder
+        if not held.ready:  # else a copy that is whole stands for another that may not be
+            held.folder = folder
         return held
 
     async def ready(self, held: Held) -> Loaded:
@@ -95,8 +96,9 @@ class Stock:
     async def sweep(self) -> None:
         """Lets go of every model that nobody wants any more."""
         async with self._changing:
-            for held in [held for held in self._held.values() if held.ready and not held.wanted]:
-                await self._unload(held)
+            for held in list(self._held.values()):
+                if held.ready and not held.wanted:  # asked now: while another was let go of, it may have got work
+                    await self._unload(held)
 
     def check_together(self, models: Sequence[Held], what: str) -> None:
         """Raises ModelFolderError when these models can never be loaded at once."""
@@ -108,18 +110,20 @@ class Stock:
         if self._budget is None:
             return
         self.check_together([held], held.folder)
-        there = [other for other in self._held.values() if other.ready]
-        taken = sum(other.need for other in there)
-        idle = sorted((other for other in there if other.idle), key=lambda other: other.used)
-        leaving = to_leave([other.need for other in idle], taken + held.need - self._budget)
-        if leaving is None:
-            busy = taken - sum(other.need for other in idle)
-            raise Outage(
-                f"{held.folder} needs {_mb(held.need)} MB; of host.memory_mb {_mb(self._budget)} the models that "
-                f"are at work or deployed hold {_mb(busy)}"
-            )
-        for other in idle[:leaving]:
-            await self._unload(other)
+        while True:  # one at a time: the next may get work meanwhile
+            there = [other for other in self._held.values() if other.ready]
+            taken = sum(other.need for other in there)
+            idle = sorted((other for other in there if other.idle), key=lambda other: other.used)
+            leaving = to_leave([other.need for other in idle], taken + held.need - self._budget)
+            if leaving == 0:
+                return
+            if leaving is None:
+                busy = taken - sum(other.need for other in idle)
+                raise Outage(
+                    f"{held.folder} needs {_mb(held.need)} MB; of host.memory_mb {_mb(self._budget)} the models that "
+                    f"are at work or deployed hold {_mb(busy)}"
+                )
+            await self._unload(idle[0])
 
     async def _unload(self, held: Held) -> None:
         held.ready = False
