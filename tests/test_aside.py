@@ -64,8 +64,8 @@ class Jobs:
     def wake(self) -> None:
         self.woken += 1
 
-    def __call__(self) -> Job:
-        work = Submit(call=0, model="", kind="generate", work="w", request_id="r")
+    def __call__(self, priority: int = 5) -> Job:
+        work = Submit(call=0, model="", kind="generate", work="w", request_id="r", priority=priority)
         return Job(work, "g", lambda event: None, self.metrics.model("m", "a" * 64).request(5), self.wake)
 
     @property
@@ -119,6 +119,22 @@ def test_no_more_wait_than_may(gate: Gate) -> None:
     first.cancelled = True
     assert aside.take() == []
     aside.put(jobs(), gate)
+
+
+def test_who_is_urgent_goes_before_those_who_wait_and_is_not_refused_for_them(gate: Gate) -> None:
+    aside: Aside[int] = Aside(2)
+    jobs = Jobs()
+    put = [jobs(), jobs(), jobs(priority=0)]
+    aside.put(put[0], gate)
+    assert gate.reached.wait(10)
+    for job in put[1:]:
+        aside.put(job, gate)
+    with pytest.raises(Overloaded):
+        aside.put(jobs(priority=0), gate)
+    gate.opened.set()
+    taken: list[Any] = []
+    until(lambda: taken.extend(aside.take()) or len(taken) == 3)
+    assert [job for job, _ in taken] == [put[0], put[2], put[1]]
 
 
 def test_who_is_cancelled_is_gone_at_once_and_never_heard_of(gate: Gate) -> None:

@@ -139,6 +139,33 @@ def test_what_cannot_be_satisfied_is_the_records_fault(wanted):
     assert refused.value.code == "bad_option"
 
 
+def test_what_is_too_much_work_to_follow_fails_its_record_and_no_later_one():
+    folder = demo_job.demo_model()
+    raw, manifest = (folder / "tokenizer.json").read_bytes(), json.loads((folder / "manifest.json").read_text())
+    tokenizer, ends = Tokenizer.from_str(raw.decode()), manifest["eos_token_ids"]
+    grammars = Grammars(raw, manifest["vocab_size"], ends)
+    letters = ("[a-c]", "[d-f]", "[g-i]", "[j-l]", "[m-o]", "[p-s]", "[t-z]")
+    made = definition(regex=f"[^q]*({'|'.join(f'{each}[^q]{{{300 + 10 * i}}}' for i, each in enumerate(letters))})q")
+    last = {*ends, *(i for i in range(manifest["vocab_size"]) if "q" in tokenizer.decode([i]))}
+
+    def go_on(grammar, seed):
+        random = np.random.default_rng(seed)
+        for number in range(300):
+            allowed = [token for token in np.flatnonzero(grammar.allowed()) if token not in last]
+            try:
+                grammar.take(int(random.choice(allowed or ends)))
+            except RecordError as error:
+                assert error.code == "bad_option" and "too much work to follow" in error.message
+                return number
+        return None
+
+    first, beside = grammars.grammar(made, 500), grammars.grammar(made, 500)
+    reached = go_on(first, 0)
+    assert reached > 1
+    assert go_on(beside, 0) == 0, "it shares what the first has used up, and says so too"
+    assert go_on(grammars.grammar(made, 500), 0) == reached
+
+
 def test_one_way_to_ask_at_a_time():
     with pytest.raises(RecordError, match="json_schema and regex cannot be asked for together"):
         definition(json_schema={"type": "string"}, regex="a")

@@ -40,6 +40,13 @@ def test_the_pieces_are_the_whole_however_many_tokens_come_together(tokenizer, t
         assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("text", ["\ufffd\ufffd😀", "\ufffd" * 5 + "é", "a\ufffd\ufffd\ufffd😀\ufffdü"])
+def test_characters_that_say_that_one_was_lost_lose_no_others(tokenizer, text):
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.add(token) for token in tokenizer.encode_text(text)]
+    assert "".join(pieces) + detokenizer.finish() == text
+
+
 def test_a_tokenizer_larger_than_its_model_is_refused(tokenizer, tmp_path):
     with pytest.raises(ModelFolderError, match="they do not belong together"):
         Tokenizer(tiny.tokenizer_json(tmp_path).read_bytes(), vocab_size=100)

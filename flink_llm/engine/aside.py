@@ -1,18 +1,24 @@
 """What takes long is done beside the engine's thread, whose steps everybody's tokens wait for."""
 
 import threading
+import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 from flink_llm.engine.job import Job
 from flink_llm.errors import Overloaded
+from flink_llm.priorities import rank_of
 
 R = TypeVar("R")
 
 
 class Aside(Generic[R]):
-    """Calls for jobs, one after another on a thread that is there while there are any; at most `limit` of them.
+    """Calls for jobs, one after another on a thread that is there while there are any; at most `limit` ahead of one.
+
+    They go by priority and age, as whatever waits for the model does.
 
     One thread: most of what is done here is compiled code that lets go of the interpreter, and two of it would
     take the cores that the models' steps run on. All methods are for the engine's thread. A call cannot be
@@ -23,17 +29,19 @@ class Aside(Generic[R]):
         self._limit = limit
         self._jobs: dict[Job, None] = {}
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[Job, Callable[[], R]]] = deque()
+        self._waiting: list[tuple[float, Job, Callable[[], R]]] = []  # by rank
         self._done: deque[tuple[Job, R | BaseException]] = deque()
         self._runs = False
 
     def put(self, job: Job, call: Callable[[], R]) -> None:
         """Has `call` done for a job, then wakes the job's engine. Raises Overloaded beyond the limit."""
-        if len(self._jobs) >= self._limit:
-            raise Overloaded(f"{self._limit} requests are being prepared", 0.5)
-        self._jobs[job] = None
+        rank = rank_of(time.monotonic(), job.work.priority)
         with self._lock:
-            self._waiting.append((job, call))
+            place = bisect_right(self._waiting, rank, key=itemgetter(0))
+            if len(self._jobs) - len(self._waiting) + place >= self._limit:
+                raise Overloaded(f"{self._limit} requests are being prepared", 0.5)
+            self._waiting.insert(place, (rank, job, call))
+            self._jobs[job] = None
             start, self._runs = not self._runs, True
         if start:
             threading.Thread(target=self._run, name="flink-llm aside", daemon=True).start()
@@ -51,7 +59,7 @@ class Aside(Generic[R]):
             job.leave()
         if gone:
             with self._lock:
-                self._waiting = deque(each for each in self._waiting if each[0] not in gone)
+                self._waiting = [each for each in self._waiting if each[1] not in gone]
         taken = []
         while self._done:
             job, made = self._done.popleft()
@@ -73,7 +81,7 @@ class Aside(Generic[R]):
                 if not self._waiting:
                     self._runs = False
                     return
-                job, call = self._waiting.popleft()
+                _, job, call = self._waiting.pop(0)
             try:
                 made: R | BaseException = call()
             except BaseException as error:  # a panic of compiled code is no Exception

@@ -63,6 +63,10 @@ class Grammars:
         """A grammar at its beginning. Raises RecordError `bad_option`: it cannot be satisfied, or not so shortly."""
         return Grammar(self, self._compiled(definition).deep_copy(), self._vocabulary, max_tokens)
 
+    def forget(self) -> None:
+        """Compiles anew from now on: copies share what llguidance allows for, and one has used it up."""
+        self._compiled.cache_clear()
+
     def next_to_the_end(self, allowed: NDArray[np.bool_]) -> int | None:
         """The token out of those `allowed` that leads to the end soonest, None where none is."""
         if allowed[self._quote] and allowed[self._letter]:
@@ -86,8 +90,9 @@ def _compile(tokenizer: Any, definition: str) -> Any:
 class Grammar:
     """Where one text is in its grammar.
 
-    `allowed` says what may come next, `take` is told what was chosen. While a way out is known, and for
-    JSON one always is, the text is whole within `max_tokens`.
+    `allowed` says what may come next, `take` is told what was chosen. While a way out is known the text is whole
+    within `max_tokens`: it is for JSON but for some numbers and texts that have to be of a form (`pattern`, `format`,
+    `multipleOf`, `exclusiveMinimum`, long `minLength`).
     """
 
     def __init__(self, of: Grammars, matcher: Any, vocabulary: int, max_tokens: int) -> None:
@@ -114,15 +119,15 @@ class Grammar:
     def take(self, token: int) -> int:
         """Goes on with `token`, one of those allowed, or with the way out where it would leave no room for one.
 
-        Returns the token that it was.
+        Returns the token that it was. Raises RecordError `bad_option`: the text needs more of llguidance than it
+        allows for, and no token can be said to fit.
         """
+        self._check()  # what `allowed` said may have come of that
         self._left -= 1
-        if not self._end:
+        if not self._end or token == self._end[0]:
+            self._end = (self._end or [])[1:] or None
             self._matcher.try_consume_tokens([token])
-            return token
-        if token == self._end[0]:
-            self._end = self._end[1:] or None
-            self._matcher.try_consume_tokens([token])
+            self._check()
             return token
         further = self._matcher.deep_copy()
         further.try_consume_tokens([token])
@@ -132,6 +137,12 @@ class Grammar:
             return self.take(self._end[0])
         self._matcher, self._end = further, end
         return token
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            self._of.forget()
+            reason = " ".join(self._matcher.get_error().partition("<state>")[0].split())[:400]
+            raise RecordError("bad_option", f"the schema, regex or list is too much work to follow: {reason}")
 
     def _mask(self, matcher: Any) -> NDArray[np.bool_]:
         llguidance.numpy.fill_next_token_bitmask(matcher, self._bits)

@@ -13,6 +13,8 @@ from flink_llm.errors import RecordError
 
 LONGEST = 65_536
 """Characters of a schema or a regular expression, and how many choices there may be."""
+STOPS, STOP_LONGEST = 64, 1024
+"""How many strings may end a reply, and characters of one: they are looked for at each token."""
 BIASED = 1024
 """How many tokens a bias may name."""
 SEED_BITS = 53
@@ -58,7 +60,7 @@ class _Ranges(Struct, forbid_unknown_fields=True):
     top_k: Annotated[int, Meta(ge=0)]
     top_p: Annotated[float, Meta(gt=0, le=1)]
     seed: Annotated[int, Meta(ge=0, lt=2**SEED_BITS)]
-    stop: list[Annotated[str, Meta(min_length=1)]]
+    stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=STOP_LONGEST)]], Meta(max_length=STOPS)]
     json_schema: Annotated[str, Meta(max_length=LONGEST)]
     regex: Annotated[str, Meta(max_length=LONGEST)]
     choices: Annotated[list[Annotated[str, Meta(min_length=1, max_length=LONGEST)]], Meta(max_length=LONGEST)]

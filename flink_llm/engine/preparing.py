@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import msgspec
+
 from flink_llm.engine.grammar import Grammar, Grammars, definition
 from flink_llm.engine.model import ModelFolder
 from flink_llm.engine.options import check
@@ -13,7 +15,7 @@ from flink_llm.errors import RecordError
 from flink_llm.names import unknown
 
 LONG = 8_000
-"""Characters of a prompt that take a millisecond or more to render and to tokenise."""
+"""Characters of a prompt, or bytes of its features, that take a millisecond or more to render and to tokenise."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Preparing:
         """Whether others' tokens should not wait for it: a grammar may take seconds, a long prompt milliseconds."""
         texts = [message.get("content") for message in work.messages] if work.messages is not None else [work.prompt]
         size = sum(len(text) for text in texts if isinstance(text, str))
+        size += len(msgspec.msgpack.encode(work.features)) if work.features else 0
         return size > LONG or _constrained(work.options)
 
     def prepare(self, work: Submit) -> Prepared:

@@ -193,6 +193,13 @@ class Detokenizer:
                 return "".join([self.add(token) for token in tokens])
             if len(self._tokens) - self._end < WINDOW:
                 return ""
+            for cut in range(
+                len(self._tokens) - 3, len(self._tokens)
+            ):  # a character may have begun with the last three
+                whole = self._tokenizer.decode(self._tokens[self._start : cut])
+                if whole + self._tokenizer.decode(self._tokens[cut:]) == after:
+                    self._start, self._end = self._end, cut
+                    return whole[len(before) :]
         self._start, self._end = self._end, len(self._tokens)
         return after[len(before) :]
 
