@@ -450,7 +450,7 @@ def good() -> Script:
 @pytest.mark.parametrize(
     ("canary", "says"),
     [
-        (Script(fault="model_error"), "requests failed, more than 5% of 20"),
+        (Script(fault="model_error"), "more than 5% of 20"),
         (Script(text="one two", tokens=2, first_ms=60, gap_ms=4), "ms to the first token, "),
         (Script(text="one two", tokens=2, first_ms=4, gap_ms=60), "ms for each further token, "),
     ],

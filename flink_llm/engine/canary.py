@@ -50,10 +50,10 @@ class Canary:
     the reason why not, with the figures.
 
     It fails by `bounds.max_failure_rate` once more of its requests have failed than may in a whole window,
-    so a version that answers nothing is gone after a few; not while the others are past the same bound, since it
-    is then the host that fails. Each of its times is compared with those that the others had at the same
-    moment, since latency is load's before it is a version's; it is slow by the median of these ratios, once
-    there are `least`.
+    so a version that answers nothing is gone after a few. A failure counts where none of the others' did about the
+    same time, neither of the last ones before it nor the first after it: else it is the host that fails. Each of its
+    times is compared with those that the others had at the same moment, since latency is load's before it is a
+    version's; it is slow by the median of these ratios, once there are `least`.
     """
 
     def __init__(self, bounds: CanaryBounds) -> None:
@@ -61,6 +61,7 @@ class Canary:
         self._own = Window(bounds.window)
         self._others = Window(bounds.window)
         self._lately = Window(LATELY)
+        self._unjudged: deque[Sample] = deque(maxlen=bounds.window)  # failures, until another version's request ends
         self._pairs: dict[str, deque[tuple[float, float]]] = {
             name: deque(maxlen=bounds.window) for name in ("first_ms", "per_token_ms")
         }
@@ -70,11 +71,16 @@ class Canary:
     def note(self, sample: Sample, *, canary: bool) -> None:
         """A request has ended, the canary's or another version's."""
         if canary:
-            self._own.add(sample)
+            if sample.failed and not self._lately.failures:
+                self._unjudged.append(sample)
+            else:
+                self._own.add(sample._replace(failed=False))
             self._pair(sample)
         else:
             self._others.add(sample)
             self._lately.add(sample)
+            while self._unjudged:
+                self._own.add(self._unjudged.popleft()._replace(failed=not sample.failed))
         if self.verdict is None:
             self.verdict = self._failing() or self._slow("first_ms", "to the first token")
             self.verdict = self.verdict or self._slow("per_token_ms", "for each further token")
@@ -96,12 +102,11 @@ class Canary:
 
     def _failing(self) -> str | None:
         own, others, bound = self._own, self._others, self._bounds.max_failure_rate
-        allowed = bound * self._bounds.window
-        if own.failures <= allowed or others.failures > allowed:
+        if own.failures <= bound * self._bounds.window:
             return None
         return (
-            f"{own.failures} of its last {own.count} requests failed, more than {bound:.0%} of {self._bounds.window}; "
-            f"of the others' last {others.count}, {others.failures}"
+            f"{own.failures} of its last {own.count} requests failed where the others' did not, more than "
+            f"{bound:.0%} of {self._bounds.window}; of the others' last {others.count}, {others.failures}"
         )
 
     def _slow(self, name: str, what: str) -> str | None:
