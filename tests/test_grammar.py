@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import math
 import re
 import weakref
 
@@ -60,6 +61,11 @@ LEAVES = st.sampled_from(
         {"type": "null"},
         {"enum": ["red", "green", 3]},
         {"type": "string", "maxLength": 5},
+        {"type": "string", "minLength": 30},
+        {"type": "string", "pattern": "^[0-9]+ units$"},
+        {"type": "string", "format": "email"},
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "integer", "minimum": 1, "multipleOf": 7},
     ]
 )
 
@@ -91,11 +97,18 @@ def fits(value, schema):
     if kind == "array":
         return isinstance(value, list) and all(fits(item, schema["items"]) for item in value)
     if kind == "string":
-        return isinstance(value, str) and len(value) <= schema.get("maxLength", len(value))
+        formed = {"pattern": r"[0-9]+ units", "format": r"(?s)[^@]+@[^@]+"}
+        return (
+            isinstance(value, str)
+            and schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value))
+            and all(re.fullmatch(pattern, value) for name, pattern in formed.items() if name in schema)
+        )
     if kind == "integer":
-        return isinstance(value, int) and not isinstance(value, bool)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and value >= schema.get("minimum", value) and value % schema.get("multipleOf", 1) == 0
     if kind == "number":
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and value > schema.get("exclusiveMinimum", -math.inf)
     return isinstance(value, {"boolean": bool, "null": type(None)}[kind])
 
 
@@ -109,6 +122,22 @@ def test_whatever_is_said_fits_the_schema_and_is_whole(schema, seed, room):
     except RecordError as error:
         least = int(re.search(r"takes (\d+) tokens", error.message)[1])
     assert fits(json.loads(say(made, least + room, seed)), schema)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fit"),
+    [
+        ({"regex": r"[0-9]+ units"}, r"[0-9]+ units"),
+        ({"regex": r"(ab)*c"}, r"(ab)*c"),
+        ({"json_schema": {"type": "string", "minLength": 600}}, r'"(?s:.){600,}"'),
+    ],
+)
+def test_a_way_to_the_end_is_found_where_closing_what_is_open_finds_none(asked, fit):
+    for seed in range(5):
+        assert re.fullmatch(fit, say(definition(**asked), 650, seed))
+    if "json_schema" in asked:
+        with pytest.raises(RecordError, match=r"max_tokens is 64, the shortest"):
+            GRAMMARS.grammar(definition(**asked), 64)
 
 
 def test_a_choice_is_one_of_the_list():
@@ -172,7 +201,7 @@ def test_one_way_to_ask_at_a_time():
 
 
 def test_less_room_than_any_answer_takes_is_said():
-    with pytest.raises(RecordError, match=r"max_tokens is 3, what is asked for takes \d+ tokens at least"):
+    with pytest.raises(RecordError, match=r"max_tokens is 3, the shortest that was found .* takes \d+ tokens"):
         GRAMMARS.grammar(definition(json_schema={"enum": ["a long word indeed"]}), 3)
 
 

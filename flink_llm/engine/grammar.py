@@ -14,12 +14,8 @@ import llguidance.numpy
 import numpy as np
 from numpy.typing import NDArray
 
+from flink_llm.engine.endings import LONGEST_END, Endings
 from flink_llm.errors import RecordError
-
-CLOSING = ("}", "]", ",", ":", '"', "0")
-"""What leads to the end of a JSON text, the best first; within a string, where a letter may stand, its quote does."""
-LONGEST_END = 512
-"""Tokens of the longest way to the end that is looked for."""
 
 Bits = NDArray[np.int32]
 
@@ -55,8 +51,7 @@ class Grammars:
     def __init__(self, tokenizer: bytes, vocabulary: int, ends: Sequence[int]) -> None:
         self._vocabulary = vocabulary
         self._tokenizer = llguidance.LLTokenizer(tokenizer.decode(), n_vocab=vocabulary, eos_token=list(ends))
-        self.ends = list(ends)
-        self._closing, (self._quote, self._letter) = self._tokens(CLOSING), self._tokens(('"', "x"))
+        self.endings = Endings(self._tokenizer, vocabulary, ends)
         self._compiled = lru_cache(maxsize=64)(partial(_compile, self._tokenizer))  # nothing that knows `self`
 
     def grammar(self, definition: str, max_tokens: int) -> "Grammar":
@@ -66,16 +61,6 @@ class Grammars:
     def forget(self) -> None:
         """Compiles anew from now on: copies share what llguidance allows for, and one has used it up."""
         self._compiled.cache_clear()
-
-    def next_to_the_end(self, allowed: NDArray[np.bool_]) -> int | None:
-        """The token out of those `allowed` that leads to the end soonest, None where none is."""
-        if allowed[self._quote] and allowed[self._letter]:
-            return self._quote
-        found = next((token for token in self._closing if allowed[token]), None)
-        return int(allowed.argmax()) if found is None and allowed.any() else found
-
-    def _tokens(self, texts: Sequence[str]) -> list[int]:
-        return [self._tokenizer.tokenize_str(text)[0] for text in texts]
 
 
 def _compile(tokenizer: Any, definition: str) -> Any:
@@ -91,8 +76,7 @@ class Grammar:
     """Where one text is in its grammar.
 
     `allowed` says what may come next, `take` is told what was chosen. While a way out is known the text is whole
-    within `max_tokens`: it is for JSON but for some numbers and texts that have to be of a form (`pattern`, `format`,
-    `multipleOf`, `exclusiveMinimum`, long `minLength`).
+    within `max_tokens`, and for nearly all there is it is known.
     """
 
     def __init__(self, of: Grammars, matcher: Any, vocabulary: int, max_tokens: int) -> None:
@@ -101,11 +85,16 @@ class Grammar:
         self._bits = llguidance.numpy.allocate_token_bitmask(1, vocabulary)
         self._vocabulary = vocabulary
         self._left = max_tokens
-        self._end = self._way_out(matcher)
-        if self._end is not None and len(self._end) > max_tokens:
-            raise RecordError(
-                "bad_option", f"max_tokens is {max_tokens}, what is asked for takes {len(self._end)} tokens at least"
-            )
+        self._end: list[int] | None = None
+        found = of.endings.shortest(matcher, self._mask, max_tokens)
+        if found is not None:
+            self._end, self._habit = found
+            if len(self._end) > max_tokens:
+                raise RecordError(
+                    "bad_option",
+                    f"max_tokens is {max_tokens}, the shortest that was found for what is asked for takes "
+                    f"{len(self._end)} tokens",
+                )
 
     @property
     def over(self) -> bool:
@@ -131,7 +120,8 @@ class Grammar:
             return token
         further = self._matcher.deep_copy()
         further.try_consume_tokens([token])
-        end = self._way_out(further)
+        most = min(self._left, len(self._end) + LONGEST_END)
+        end = self._of.endings.way(further, self._mask, self._habit, most)
         if end is None or len(end) > self._left:
             self._left += 1
             return self.take(self._end[0])
@@ -150,23 +140,3 @@ class Grammar:
             self._bits.view(np.uint8)[0], bitorder="little", count=self._vocabulary
         ).astype(np.bool_, copy=False)
         return found
-
-    def _way_out(self, matcher: Any) -> list[int] | None:
-        """Tokens from there to a whole text, the end mark included; None where none was found."""
-        matcher = matcher.deep_copy()
-        way: list[int] = []
-        while len(way) < LONGEST_END:
-            forced = matcher.compute_ff_tokens()
-            if forced and matcher.try_consume_tokens(forced) == len(forced):
-                way += forced
-                continue
-            mask = self._mask(matcher)
-            ends = [token for token in self._of.ends if mask[token]]
-            if ends or matcher.is_stopped():
-                return [*way, *ends[:1]]
-            token = self._of.next_to_the_end(mask)
-            if token is None:
-                return None
-            matcher.try_consume_tokens([token])
-            way.append(token)
-        return None
