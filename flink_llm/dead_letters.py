@@ -110,7 +110,8 @@ def replay(
             done.placeless += 1
             tell(f"{failure.request_id or 'a record without an id'}: its failure names no place in Kafka")
             continue
-        name = (failure.request_id, failure.payload_sha256) if failure.request_id else place
+        known = failure.request_id and failure.payload_sha256  # a failure of a table's row has no hash
+        name = (failure.key, failure.request_id, failure.payload_sha256) if known else place
         done.repeated += name in latest
         latest[name] = failure
     for failure in latest.values():

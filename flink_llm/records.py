@@ -224,7 +224,8 @@ class RerankResponse(Record, frozen=True, kw_only=True):
 class Failure(Record, frozen=True, kw_only=True):
     """Why a record has no result, and where its original is: enough to read and send it again.
 
-    The payload itself is left out unless the job is told to keep it; `payload_sha256` is its hash.
+    The payload itself is left out unless the job is told to keep it; `payload_sha256` is its hash,
+    None where the record was a table's row.
     `code` is one of `flink_llm.errors.CODES`; `failed_at` is in epoch milliseconds.
     """
 

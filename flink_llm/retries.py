@@ -47,7 +47,7 @@ def _seconds(told: object) -> float:
     """What a handler may have taken from an answer's `Retry-After`: a number, its text, a date or nothing."""
     try:
         seconds = float(told)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 

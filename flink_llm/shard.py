@@ -187,7 +187,7 @@ class Shard:
         return output
 
     def _settle(self, call: Call) -> Output | None:
-        outcome = self._sized(call)
+        call.outcome = outcome = self._sized(call)
         call.watch.emitted(call)
         if isinstance(outcome, Result):
             if outcome.state is not None:

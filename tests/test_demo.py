@@ -166,3 +166,11 @@ def test_what_cannot_be_asked_says_why(changes, why, tmp_path):
     raw = {"job": "llm_inference", "name": "n", "models": {"support-chat": "m"}, **changes}
     with pytest.raises(ConfigError, match=why):
         ask(parse(raw, tmp_path), "Where?", "user-1", None, 1.0)
+
+
+def test_others_replies_are_no_sign_of_life(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("flink_llm.local.talk.time.monotonic", lambda: float(next(clock)))
+    talk = Heard(*(reply("to another", of="6") for _ in range(100)))
+    assert talk.show("7", 20) is None
+    assert next(clock) < 30

@@ -398,6 +398,27 @@ def test_a_full_queue_refuses_what_is_not_known(folders: dict[str, Path]) -> Non
     assert set(served.step()) == {"known", "waiting", "urgent"}
 
 
+def test_what_a_failed_step_was_about_is_told(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(folders["embedding"], Answers(1))
+    served.add("known")
+    served.step()
+    jobs = {text: served.add(text) for text in ("known", "one", "two", "three")}
+    put = served.encoding._answers.put
+
+    def fails(key: bytes, answer: Any) -> None:
+        monkeypatch.setattr(served.encoding._answers, "put", lambda *_: 1 / 0)
+        put(key, answer)
+
+    monkeypatch.setattr(served.encoding._answers, "put", fails)
+    said: Said = []
+    with pytest.raises(ZeroDivisionError):
+        served.encoding.step(said)
+    answered = [event.generation for _, event in said if isinstance(event, Done)]
+    left = served.encoding.drop()
+    assert len(answered) == 2 and answered[0] == "known"
+    assert {job.generation for job in left} == set(jobs) - set(answered)
+
+
 def test_a_ranking_fails_once(folders: dict[str, Path]) -> None:
     served = Served(folders["reranker"])
     served.encoding._encoder._run = lambda texts, types: np.full((len(texts), 1), np.nan)  # type: ignore[method-assign]

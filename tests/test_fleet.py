@@ -28,12 +28,12 @@ from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.fleet import Fleet
 from flink_llm.engine.generation import Model
 from flink_llm.engine.host import Host
-from flink_llm.engine.model import read_manifest
+from flink_llm.engine.model import MB, read_manifest
 from flink_llm.engine.place import socket_path
-from flink_llm.engine.protocol import Done, Event, Options, Submit, Tokens
+from flink_llm.engine.protocol import Done, Event, Fault, Loaded, Options, Submit, Tokens
 from flink_llm.engine.readers import Classifier, Embedder
 from flink_llm.engine.settings import HostSettings
-from flink_llm.engine.stock import needed_bytes, to_leave
+from flink_llm.engine.stock import Stock, needed_bytes, to_leave
 from flink_llm.errors import ModelFolderError, Outage
 from flink_llm.testing import Script, ScriptedBackend
 from tests import tiny
@@ -611,3 +611,135 @@ async def until_loaded(stage: Stage, path: Path) -> None:
             return
         await asyncio.sleep(0.02)
     pytest.fail("there was never room")
+
+
+class Shelf:
+    """Models of one byte that are folders' names; `gone` are folders that hold none, `held` stop where they are."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.gone: set[str] = set()
+        self.bad: set[str] = set()
+        self.gates: dict[str, asyncio.Event] = {}
+
+    async def look(self, folder: str, sha256: str | None) -> tuple[Loaded, int]:
+        return self._loaded(folder), MB
+
+    async def load(self, folder: str, sha256: str | None) -> Loaded:
+        if folder in self.gone:
+            raise ModelFolderError(f"{folder} is gone")
+        await self._pass(f"load {folder}")
+        return self._loaded(folder)
+
+    async def unload(self, sha256: str) -> None:
+        await self._pass(f"unload {sha256}")
+
+    def start(self, work: Submit, generation: str, emit: Callable[[Event], None]) -> Callable[[], None]:
+        fault = Fault(call=0, kind="outage", code="outage", message="it fails")
+        event = fault if work.model in self.bad else Done(call=0, generation=generation, text="t")
+        asyncio.get_running_loop().call_soon(emit, event)
+        return lambda: None
+
+    async def close(self) -> None:
+        pass
+
+    async def _pass(self, what: str) -> None:
+        self.log.append(what)
+        if what in self.gates:
+            await self.gates[what].wait()
+
+    @staticmethod
+    def _loaded(folder: str) -> Loaded:
+        name = Path(folder).name
+        return Loaded(call=0, name=name, sha256=name, kind="decoder", context_length=9)
+
+
+def test_a_model_that_gets_work_while_another_makes_room_stays() -> None:
+    async def main() -> None:
+        shelf = Shelf()
+        stock = Stock(shelf, 2)
+        a, b, c = [await stock.look(name) for name in ("a", "b", "c")]
+        c.need = 2 * MB
+        for held in (a, b):
+            await stock.ready(held)
+        gate = shelf.gates["unload a"] = asyncio.Event()
+        loading = asyncio.ensure_future(stock.ready(c))
+        await until(lambda: "unload a" in shelf.log)
+        b.running += 1
+        gate.set()
+        with pytest.raises(Outage, match="at work or deployed hold 1"):
+            await loading
+        assert b.ready and "unload b" not in shelf.log
+        b.running -= 1
+        await stock.ready(c)
+        assert (a.ready, b.ready, c.ready) == (False, False, True)
+
+    asyncio.run(main())
+
+
+def test_a_model_is_loaded_from_any_place_that_has_it() -> None:
+    async def main() -> None:
+        shelf = Shelf()
+        stock = Stock(shelf)
+        held = await stock.look("/one/m")
+        await stock.ready(held)
+        shelf.gone = {"/one/m"}
+        assert await stock.look("/two/m") is held
+        await stock.ready(held)  # it is in memory
+        assert shelf.log == ["load /one/m"]
+        await stock.sweep()
+        assert shelf.log[-1] == "unload m"
+        await stock.ready(held)
+        assert shelf.log[-1] == "load /two/m"
+        await stock.sweep()
+        shelf.gone = {"/two/m"}
+        await stock.ready(held)
+        assert shelf.log[-1] == "load /one/m"
+        await stock.sweep()
+        shelf.gone = {"/one/m", "/two/m"}
+        with pytest.raises(ModelFolderError):
+            await stock.ready(held)
+
+    asyncio.run(main())
+
+
+def test_a_canary_that_the_next_file_keeps_is_not_let_go_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rolled back by the file before, while the next one's other version is still being loaded."""
+    monkeypatch.setattr("flink_llm.engine.fleet.WATCH_S", 0.02)
+    file = folder / "chat.yaml"
+
+    def write(*versions: dict[str, Any]) -> None:
+        scratch = file.with_suffix(".new")
+        scratch.write_text(yaml.safe_dump({"versions": versions}))
+        os.replace(scratch, file)
+
+    async def main() -> None:
+        shelf, numbers = Shelf(), itertools.count()
+        fleet = Fleet(shelf)
+        write({"folder": "v1", "weight": 50}, {"folder": "v2", "weight": 50, "canary": {"window": 20}})
+        loaded = await fleet.load(str(file), None)
+
+        async def ask() -> None:
+            done = asyncio.get_running_loop().create_future()
+            name = f"r{next(numbers)}"
+            work = Submit(call=0, model=loaded.sha256, kind="generate", work=name, request_id=name)
+            fleet.start(work, "g", done.set_result)
+            await done
+
+        gate = shelf.gates[f"load {folder / 'v3'}"] = asyncio.Event()
+        write({"folder": "v2", "weight": 50}, {"folder": "v3", "weight": 50, "canary": {}})
+        await until(lambda: f"load {folder / 'v3'}" in shelf.log)
+        shelf.bad = {"v2"}
+        for _ in range(60):
+            await ask()
+        assert fleet._live[loaded.sha256].routes.rolled_back == {1}
+        shelf.bad = set()
+        gate.set()
+        await until(lambda: "unload v1" in shelf.log)
+        for _ in range(20):
+            await ask()
+            await asyncio.sleep(0)
+        assert "unload v2" not in shelf.log
+        await fleet.close()
+
+    asyncio.run(main())

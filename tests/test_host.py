@@ -28,6 +28,7 @@ from flink_llm.engine.place import socket_folder, socket_path
 from flink_llm.engine.protocol import (
     PROTOCOL_VERSION,
     Cancel,
+    Done,
     Fault,
     FrameReader,
     Hello,
@@ -207,8 +208,9 @@ def test_another_version_is_refused_with_both_named(folder: Path, protocol: int,
         b"\xff\xff\xff\xff",
         b"\x00\x00\x00\x00",
         frame(Ping(call=1)),
+        frame(HELLO).replace(b"test", b"te\xff\xfe"),
     ],
-    ids=["http", "not msgpack", "too long", "empty", "before hello"],
+    ids=["http", "not msgpack", "too long", "empty", "before hello", "no text"],
 )
 def test_garbage_drops_that_peer_only(folder: Path, data: bytes) -> None:
     async def case(served: Served) -> None:
@@ -542,6 +544,23 @@ def test_a_load_is_answered_whatever_the_error_says(folder: Path) -> None:
             assert (fault.call, fault.kind) == (5, kind)
             assert text in fault.message
             errors.pop(0)
+
+    run(folder, case)
+
+
+def test_a_reply_too_large_for_a_frame_fails_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def case(served: Served) -> None:
+        wire = await served.connect()
+        long, echo = await wire.load("long"), await wire.load("echo")
+        monkeypatch.setattr("flink_llm.engine.protocol.MAX_FRAME_BYTES", 1000)
+        wire.send(work(long, call=7))
+        _, last = await wire.answer()
+        assert (last.call, last.code) == (7, "result_too_large")
+        wire.send(work(echo, call=8, name="other"))
+        while not (isinstance(last, Done) and last.call == 8):
+            last = await wire.receive()
+        assert last.text == "abc"
+        assert served.host.table.alive == 0
 
     run(folder, case)
 

@@ -38,7 +38,15 @@ def test_a_wait_is_bounded_fits_and_heeds_what_it_was_told(error, attempt, left,
 
 @pytest.mark.parametrize(
     ("after", "told"),
-    [("5", 5.0), (None, 0.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0), (math.nan, 0.0), (math.inf, 0.0), (-1, 0.0)],
+    [
+        ("5", 5.0),
+        (None, 0.0),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0),
+        (math.nan, 0.0),
+        (math.inf, 0.0),
+        (-1, 0.0),
+        (10**400, 0.0),
+    ],
 )
 def test_a_retry_after_is_taken_as_the_answer_had_it(after, told):
     assert told <= wait_before(Retriable("busy", "503", after), 1) <= 1.5 * told + BACKOFF_S

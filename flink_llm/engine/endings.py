@@ -19,7 +19,10 @@ FORMING = ("}", "]", '"', "@", ".", " ", "-", ",", ":", "/", *"0123456789")
 AGAIN = 1000.0
 """So much worse a token is for each time that it was taken."""
 LONGEST_END = 512
-"""Tokens of the longest way to the end that is looked for, where a reply may have no more."""
+"""Tokens of the longest way to the end that is looked for."""
+
+SHORTENED = 128
+"""Tokens of a way up to which it is looked through for what it can do without."""
 
 Mask = Callable[[Any], NDArray[np.bool_]]
 Habit = Callable[[NDArray[np.bool_], list[int]], int]
@@ -40,16 +43,10 @@ class Endings:
         """In the order in which they are to be tried."""
         return self._close, self._vary, self._hurry
 
-    def shortest(self, matcher: Any, mask: Mask, room: int) -> tuple[list[int], Habit] | None:
-        """The first way that takes no more than `room` tokens, or else the shortest that is found; with its habit."""
-        found = []
-        for habit in self.habits:
-            way = self.way(matcher, mask, habit, max(LONGEST_END, room))
-            if way is not None:
-                found.append((way, habit))
-                if len(way) <= room:
-                    return found[-1]
-        return min(found, key=lambda each: len(each[0]), default=None)
+    def ways(self, matcher: Any, mask: Mask) -> list[tuple[list[int], Habit]]:
+        """From the beginning of a text, by each habit that finds one."""
+        found = [(self.way(matcher, mask, habit, LONGEST_END), habit) for habit in self.habits]
+        return [(_shortened(matcher, way), habit) for way, habit in found if way is not None]
 
     def way(self, matcher: Any, mask: Mask, habit: Habit, most: int) -> list[int] | None:
         """Tokens from there to a whole text by a habit, the end mark included; None where it takes more than `most`."""
@@ -66,7 +63,11 @@ class Endings:
             ends = [token for token in self._ends if allowed[token]]
             if ends or matcher.is_stopped():
                 return [*way, *ends[:1]]
-            token = self._quote if allowed[self._quote] and allowed[self._letter] else habit(allowed, way)
+            in_text = allowed[self._quote] and allowed[self._letter]
+            if in_text and (habit == self._close or way[-1:] != [self._quote]):  # else it may be no JSON
+                token = self._quote
+            else:
+                token = habit(allowed, way)
             matcher.try_consume_tokens([token])
             way.append(token)
         return None
@@ -98,3 +99,16 @@ class Endings:
         for rank, text in enumerate(FORMING):
             ranks[self._token(text)] = rank
         return ranks
+
+
+def _shortened(matcher: Any, way: list[int]) -> list[int]:
+    """The way without what it can do without: one that does not repeat itself goes round."""
+    start = 0
+    while start < len(way) <= SHORTENED:
+        for later in range(len(way) - 1, start, -1):
+            shorter = way[:start] + way[later:]
+            if matcher.validate_tokens(shorter) == len(shorter):
+                way = shorter
+                break
+        start += 1
+    return way

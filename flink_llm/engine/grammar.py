@@ -5,19 +5,20 @@ in time, along the shortest way out that is known, so that the text is whole wit
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance
 import llguidance.numpy
 import numpy as np
 from numpy.typing import NDArray
 
-from flink_llm.engine.endings import LONGEST_END, Endings
+from flink_llm.engine.endings import LONGEST_END, Endings, Habit
 from flink_llm.errors import RecordError
 
-Bits = NDArray[np.int32]
+KEPT = 64
+"""Definitions whose compiled form is kept."""
 
 
 def definition(json_schema: Any = None, regex: str | None = None, choices: Sequence[str] | None = None) -> str | None:
@@ -52,15 +53,49 @@ class Grammars:
         self._vocabulary = vocabulary
         self._tokenizer = llguidance.LLTokenizer(tokenizer.decode(), n_vocab=vocabulary, eos_token=list(ends))
         self.endings = Endings(self._tokenizer, vocabulary, ends)
-        self._compiled = lru_cache(maxsize=64)(partial(_compile, self._tokenizer))  # nothing that knows `self`
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()  # the latest used last
+        self._mask = Masks(vocabulary)
 
     def grammar(self, definition: str, max_tokens: int) -> "Grammar":
         """A grammar at its beginning. Raises RecordError `bad_option`: it cannot be satisfied, or not so shortly."""
-        return Grammar(self, self._compiled(definition).deep_copy(), self._vocabulary, max_tokens)
+        compiled = self._compiled.pop(definition, None) or self._compile(definition)
+        self._compiled[definition] = compiled
+        if len(self._compiled) > KEPT:
+            self._compiled.popitem(last=False)
+        return Grammar(self, definition, compiled, Masks(self._vocabulary), max_tokens)
 
-    def forget(self) -> None:
-        """Compiles anew from now on: copies share what llguidance allows for, and one has used it up."""
-        self._compiled.cache_clear()
+    def _compile(self, definition: str) -> "_Compiled":
+        matcher = _compile(self._tokenizer, definition)
+        ways = self.endings.ways(matcher, self._mask)
+        if len(ways) < len(self.endings.habits):  # a search in vain takes much of what copies may do together
+            matcher = _compile(self._tokenizer, definition)
+        return _Compiled(matcher, ways)
+
+    def forget(self, definition: str) -> None:
+        """Compiles it anew the next time: copies share what llguidance allows for, and one has used it up."""
+        self._compiled.pop(definition, None)
+
+
+class Masks:
+    """Asks a matcher [vocabulary]: whether each token may come next. One for each thread."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._bits = llguidance.numpy.allocate_token_bitmask(1, vocabulary)
+        self._vocabulary = vocabulary
+
+    def __call__(self, matcher: Any) -> NDArray[np.bool_]:
+        llguidance.numpy.fill_next_token_bitmask(matcher, self._bits)
+        found: NDArray[np.bool_] = np.unpackbits(
+            self._bits.view(np.uint8)[0], bitorder="little", count=self._vocabulary
+        ).astype(np.bool_, copy=False)
+        return found
+
+
+class _Compiled(NamedTuple):
+    """A definition's matcher at its beginning, and the ways from there to the end."""
+
+    matcher: Any
+    ways: list[tuple[list[int], Habit]]
 
 
 def _compile(tokenizer: Any, definition: str) -> Any:
@@ -79,22 +114,22 @@ class Grammar:
     within `max_tokens`, and for nearly all there is it is known.
     """
 
-    def __init__(self, of: Grammars, matcher: Any, vocabulary: int, max_tokens: int) -> None:
+    def __init__(self, of: Grammars, definition: str, compiled: _Compiled, mask: Masks, max_tokens: int) -> None:
         self._of = of
-        self._matcher = matcher
-        self._bits = llguidance.numpy.allocate_token_bitmask(1, vocabulary)
-        self._vocabulary = vocabulary
+        self._definition = definition
+        self._matcher = compiled.matcher.deep_copy()
+        self._mask = mask
         self._left = max_tokens
         self._end: list[int] | None = None
-        found = of.endings.shortest(matcher, self._mask, max_tokens)
-        if found is not None:
-            self._end, self._habit = found
-            if len(self._end) > max_tokens:
-                raise RecordError(
-                    "bad_option",
-                    f"max_tokens is {max_tokens}, the shortest that was found for what is asked for takes "
-                    f"{len(self._end)} tokens",
-                )
+        fits = [each for each in compiled.ways if len(each[0]) <= max_tokens]
+        if fits:
+            self._end, self._habit = fits[0]
+        elif compiled.ways:
+            least = min(len(way) for way, _ in compiled.ways)
+            raise RecordError(
+                "bad_option",
+                f"max_tokens is {max_tokens}, the shortest that was found for what is asked for takes {least} tokens",
+            )
 
     @property
     def over(self) -> bool:
@@ -120,7 +155,7 @@ class Grammar:
             return token
         further = self._matcher.deep_copy()
         further.try_consume_tokens([token])
-        most = min(self._left, len(self._end) + LONGEST_END)
+        most = min(self._left, LONGEST_END)
         end = self._of.endings.way(further, self._mask, self._habit, most)
         if end is None or len(end) > self._left:
             self._left += 1
@@ -130,13 +165,6 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            self._of.forget()
+            self._of.forget(self._definition)
             reason = " ".join(self._matcher.get_error().partition("<state>")[0].split())[:400]
             raise RecordError("bad_option", f"the schema, regex or list is too much work to follow: {reason}")
-
-    def _mask(self, matcher: Any) -> NDArray[np.bool_]:
-        llguidance.numpy.fill_next_token_bitmask(matcher, self._bits)
-        found: NDArray[np.bool_] = np.unpackbits(
-            self._bits.view(np.uint8)[0], bitorder="little", count=self._vocabulary
-        ).astype(np.bool_, copy=False)
-        return found

@@ -15,6 +15,10 @@ from flink_llm.errors import ModelFolderError, Outage
 log = logging.getLogger(__name__)
 
 
+FOLDERS = 4
+"""Places of one model that are remembered."""
+
+
 class Shelf(Backend, Protocol):
     """A backend that can look at a model before it is loaded, and let go of one."""
 
@@ -27,9 +31,12 @@ class Shelf(Backend, Protocol):
 
 @dataclass(eq=False)
 class Held:
-    """A model that was named to the host. It is wanted as long as somebody may send work for it."""
+    """A model that was named to the host. It is wanted as long as somebody may send work for it.
 
-    folder: str
+    `folders` are where it was said to be, the latest first.
+    """
+
+    folders: list[str]
     loaded: Loaded
     need: int
     ready: bool = False
@@ -43,6 +50,11 @@ class Held:
     def sha256(self) -> str:
         """Of its manifest."""
         return self.loaded.sha256
+
+    @property
+    def folder(self) -> str:
+        """Where it was last said to be."""
+        return self.folders[0]
 
     @property
     def idle(self) -> bool:
@@ -74,9 +86,8 @@ class Stock:
     async def look(self, folder: str, sha256: str | None = None) -> Held:
         """A model by its folder; nothing is loaded. Raises ModelFolderError."""
         loaded, need = await self._shelf.look(folder, sha256)
-        held = self._held.setdefault(loaded.sha256, Held(folder, loaded, need))
-        if not held.ready:  # else a copy that is whole stands for another that may not be
-            held.folder = folder
+        held = self._held.setdefault(loaded.sha256, Held([], loaded, need))
+        held.folders = [folder, *(other for other in held.folders if other != folder)][:FOLDERS]
         return held
 
     async def ready(self, held: Held) -> Loaded:
@@ -88,10 +99,21 @@ class Stock:
         async with self._changing:
             if not held.ready:
                 await self._make_room(held)
-            loaded = await self._shelf.load(held.folder, held.sha256)
-            held.ready = True
+                await self._load(held)
             held.used = time.monotonic()
-            return loaded
+            return held.loaded
+
+    async def _load(self, held: Held) -> None:
+        """From the first of its folders that has it: of a copy only the manifest was looked at."""
+        for folder in held.folders:
+            try:
+                held.loaded = await self._shelf.load(folder, held.sha256)
+            except ModelFolderError:
+                if folder == held.folders[-1]:
+                    raise
+            else:
+                held.ready = True
+                return
 
     async def sweep(self) -> None:
         """Lets go of every model that nobody wants any more."""

@@ -45,6 +45,10 @@ def ask(config: JobConfig, question: str | None, user: str, session: str | None,
         talk.close()
 
 
+class Unanswered(LocalError):
+    """What came for a request is a failure."""
+
+
 class Talk:
     """A client of a job's topics. `check` is called while it waits, and raises when that is in vain."""
 
@@ -106,19 +110,22 @@ class Talk:
         """Prints a reply while its tokens arrive; how many came before it was whole.
 
         None after `patience` seconds of silence. `begins` is called when there is something to print. Raises
-        LocalError: what came is a failure.
+        Unanswered, and what `check` does.
         """
-        streamed, pieces = "", 0
+        streamed, pieces, deadline = "", 0, time.monotonic() + patience
         for topic, value in self.outcomes(patience):
-            if value.get("request_id") != wanted:
+            if value.get("request_id") != wanted:  # others' are no sign of life of this one's
+                if time.monotonic() > deadline:
+                    break
                 continue
+            deadline = time.monotonic() + patience
             begins()
             if topic == self._topics.tokens:
                 streamed, pieces = streamed + value["text"], pieces + 1
                 self._console.print(value["text"], end="", highlight=False, markup=False, soft_wrap=True)
                 continue
             if topic == self._topics.failures:
-                raise LocalError(f"{value['code']}: {value['message']}")
+                raise Unanswered(f"{value['code']}: {value['message']}")
             whole = value["text"]  # may overtake the last tokens, which are another topic
             rest = whole[len(streamed) :] if whole.startswith(streamed) else f"\n{whole}"
             self._console.print(rest, highlight=False, markup=False, soft_wrap=True)
@@ -135,5 +142,5 @@ class Talk:
                 try:
                     if self.show(wanted, patience) is None:
                         self._console.print(SILENCE.format(patience))
-                except LocalError as error:
+                except Unanswered as error:
                     self._console.print(str(error), markup=False)
