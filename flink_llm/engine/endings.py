@@ -20,7 +20,6 @@ AGAIN = 1000.0
 """So much worse a token is for each time that it was taken."""
 LONGEST_END = 512
 """Tokens of the longest way to the end that is looked for."""
-
 SHORTENED = 128
 """Tokens of a way up to which it is looked through for what it can do without."""
 

@@ -155,8 +155,7 @@ class Grammar:
             return token
         further = self._matcher.deep_copy()
         further.try_consume_tokens([token])
-        most = min(self._left, LONGEST_END)
-        end = self._of.endings.way(further, self._mask, self._habit, most)
+        end = self._of.endings.way(further, self._mask, self._habit, min(self._left, LONGEST_END))
         if end is None or len(end) > self._left:
             self._left += 1
             return self.take(self._end[0])

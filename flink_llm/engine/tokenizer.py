@@ -193,9 +193,8 @@ class Detokenizer:
                 return "".join([self.add(token) for token in tokens])
             if len(self._tokens) - self._end < WINDOW:
                 return ""
-            for cut in range(
-                len(self._tokens) - 3, len(self._tokens)
-            ):  # a character may have begun with the last three
+            count = len(self._tokens)
+            for cut in range(count - 3, count):  # a character may have begun with the last three
                 whole = self._tokenizer.decode(self._tokens[self._start : cut])
                 if whole + self._tokenizer.decode(self._tokens[cut:]) == after:
                     self._start, self._end = self._end, cut
