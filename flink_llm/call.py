@@ -94,7 +94,8 @@ class Call:
     __slots__ = (
         "admitted", "arrival", "arrived_ms", "attempt", "clock", "committed_state", "emitted", "ended", "expires_at",
         "identity", "info", "key", "outcome", "priority", "rank", "repeats", "reply_to",
-        "request", "request_id", "restored", "retried", "sent", "sequence", "shard", "task", "timestamp", "watch",
+        "request", "request_id", "restored", "retried", "sent", "sequence", "shard", "task", "timestamp", "tried_at",
+        "watch",
     )  # fmt: skip
 
     def __init__(self, shard: "Shard", sequence: int, arrival: Arrival, request: Any, arrived_ms: int) -> None:
@@ -115,6 +116,7 @@ class Call:
             self.identity = (shard.number, digest_of(self.key, self.request_id))
         self.attempt = 0  # tries that failed, of which `retried` the handler called worth another
         self.retried = 0
+        self.tried_at: float | None = None  # the last try
         self.emitted = 0  # counted by the loop thread alone, `sent` by Flink's alone
         self.sent = 0
         self.admitted: tuple[int, float, float] | None = None  # ahead of it then, seconds left, when

@@ -22,7 +22,7 @@ from flink_llm.errors import ConfigError
 from flink_llm.feature_settings import FeatureSettings
 from flink_llm.fitting import fitted
 from flink_llm.flink_settings import FlinkSettings
-from flink_llm.kafka_settings import PATHS, KafkaSettings, addresses
+from flink_llm.kafka_settings import PATHS, KafkaSettings, addresses, check_properties
 from flink_llm.names import check_model, check_topic, unknown
 from flink_llm.secrets import masked
 from flink_llm.telemetry_settings import TelemetrySettings
@@ -83,7 +83,7 @@ class Operator(Section, frozen=True, kw_only=True):
     on_outage: Literal["wait", "deadline"] = "wait"
     retries: Annotated[int, Meta(ge=0)] = 4
     shed: bool = False
-    remember_s: Annotated[float, Meta(ge=0)] = 600.0
+    remember_s: Annotated[float, Meta(ge=0, le=31_622_400)] = 600.0  # a year
     max_result_bytes: Annotated[int, Meta(ge=1)] = 1_000_000
     keep_payload: bool = False
 
@@ -159,6 +159,7 @@ def parse(raw: dict[str, Any], folder: Path) -> JobConfig:
     _check_flink(config.flink)
     _check_sizes(config)
     addresses(config.kafka)
+    check_properties(config.kafka, exactly_once=config.flink.delivery == "exactly_once")
     resolve_device(config.host.device)
     _check_host(config)
     for name in config.models:
@@ -220,7 +221,7 @@ def _check_host(config: JobConfig) -> None:
 def _check_sizes(config: JobConfig) -> None:
     """What the operator lets through must also be what Kafka's producer takes: its refusal restarts the job."""
     asked = config.kafka.properties.get(REQUEST_SIZE, str(REQUEST_BYTES))
-    if not asked.isdigit() or config.operator.max_result_bytes > int(asked) - REQUEST_ROOM:
+    if not asked.isdecimal() or config.operator.max_result_bytes > int(asked) - REQUEST_ROOM:
         raise ConfigError(
             f"operator.max_result_bytes is {config.operator.max_result_bytes}, kafka.properties.{REQUEST_SIZE} "
             f"{asked}: the latter must be {REQUEST_ROOM} bytes more at least"

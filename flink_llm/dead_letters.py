@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +23,10 @@ from flink_llm.records import Failure
 REPLAYED = "flink-llm-replay"
 """Header of a record that was sent again: the place of the first one."""
 POLL_MS, SILENCE_S = 500, 30
+LAST_MS = 253_402_300_800_000
+"""The year 10,000: no failure is from there, whatever it says."""
+LARGEST = 1 << 30
+"""Bytes of an original, as far as this client is concerned: its topic took it."""
 SKIP = 2000
 """So many offsets that nobody asks for are jumped over, fewer are read."""
 
@@ -67,13 +71,16 @@ class Letters:
 
 @dataclass
 class Replay:
-    """What became of the originals: sent (or to be sent), or why not. Counts."""
+    """What became of the originals: sent (or to be sent), or why not. Counts, and what a broker refused."""
 
     there: int = 0
     gone: int = 0
     changed: int = 0
     placeless: int = 0
+    elsewhere: int = 0
+    empty: int = 0
     repeated: int = 0
+    refused: list[Exception] = field(default_factory=list)
 
 
 def read(settings: KafkaSettings, topic: str, choice: Choice) -> Letters:
@@ -83,23 +90,30 @@ def read(settings: KafkaSettings, topic: str, choice: Choice) -> Letters:
     for record in _records(settings, topic):
         try:
             failure = decoder.decode(record.value or b"")
-        except (msgspec.DecodeError, msgspec.ValidationError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             letters.unread += 1
             continue
-        if choice.takes(failure):
+        if not 0 <= failure.failed_at < LAST_MS:
+            letters.unread += 1
+        elif choice.takes(failure):
             letters.found.append(failure)
     letters.found.sort(key=lambda failure: failure.failed_at)
     return letters
 
 
 def replay(
-    settings: KafkaSettings, failures: Sequence[Failure], *, send: bool, tell: Callable[[str], None] = lambda line: None
+    settings: KafkaSettings,
+    failures: Sequence[Failure],
+    topics: Collection[str],
+    *,
+    send: bool,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Replay:
-    """Finds each failure's original and, if told to `send`, writes it to its topic again, once.
+    """Finds each failure's original in `topics` and, if told to `send`, writes it to its topic again, once.
 
-    Of several failures of one request, an id with one payload, the last is taken. An original that has
-    expired, was compacted away, or is another record by now is told of, counted and left out. Raises
-    ConfigError, LocalError.
+    Of several failures of one request, an id with one payload in one topic, the last is taken. An original that
+    has expired, was compacted away, or is another record by now is told of, counted and left out, and so are
+    those of other topics: jobs may share one of failures. Raises ConfigError, LocalError.
     """
     done = Replay()
     wanted: dict[tuple[str, int], dict[int, Failure]] = defaultdict(dict)
@@ -110,15 +124,18 @@ def replay(
             done.placeless += 1
             tell(f"{failure.request_id or 'a record without an id'}: its failure names no place in Kafka")
             continue
+        if place.topic not in topics:
+            done.elsewhere += 1
+            continue
         known = failure.request_id and failure.payload_sha256  # a failure of a table's row has no hash
-        name = (failure.key, failure.request_id, failure.payload_sha256) if known else place
+        name = (place.topic, failure.key, failure.request_id, failure.payload_sha256) if known else place
         done.repeated += name in latest
         latest[name] = failure
     for failure in latest.values():
         place = _place(failure)
         assert place is not None
         wanted[place.topic, place.partition][place.offset] = failure
-    with _sender(settings, send) as write:
+    with _sender(settings, send, done.refused, tell) as write:
         for (topic, partition), by_offset in sorted(wanted.items()):
             for offset, record in _originals(settings, topic, partition, sorted(by_offset)):
                 failure, place = by_offset[offset], Place(topic, partition, offset)
@@ -128,9 +145,13 @@ def replay(
                 elif failure.payload_sha256 not in (None, hashlib.sha256(record.value or b"").hexdigest()):
                     done.changed += 1
                     tell(f"{place}: holds another record by now; was the topic made anew?")
+                elif record.key is None and record.value is None:
+                    done.empty += 1
+                    tell(f"{place}: has neither key nor value, and would fail as it did")
                 else:
                     done.there += 1
                     write(record, place)
+    done.there -= len(done.refused)
     return done
 
 
@@ -202,12 +223,20 @@ def _originals(settings: KafkaSettings, topic: str, partition: int, offsets: lis
         end, first = consumer.end_offsets([place])[place], consumer.beginning_offsets([place])[place]
         for run in _runs(offsets):
             there = [offset for offset in run if first <= offset < end]
-            found: dict[int, Any] = {}
+            records: Iterator[Any] = iter(())
             if there:
                 consumer.seek(place, there[0])
-                wanted = set(there)
-                found = {one.offset: one for one in _until(consumer, {place: there[-1] + 1}) if one.offset in wanted}
-            yield from ((offset, found.get(offset)) for offset in run)
+                records = _until(consumer, {place: there[-1] + 1})
+            yield from _picked(records, run)
+
+
+def _picked(records: Iterator[Any], offsets: list[int]) -> Iterator[tuple[int, Any]]:
+    """The records at these offsets, None for each that is passed over; both ascend. One is held at a time."""
+    record = next(records, None)
+    for offset in offsets:
+        while record is not None and record.offset < offset:
+            record = next(records, None)
+        yield offset, record if record is not None and record.offset == offset else None
 
 
 def _runs(offsets: Sequence[int]) -> Iterator[list[int]]:
@@ -223,26 +252,33 @@ def _runs(offsets: Sequence[int]) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _sender(settings: KafkaSettings, send: bool) -> Iterator[Callable[[Any, Place], None]]:
-    """What writes a record to its topic again, done when this ends; what does nothing unless told to `send`."""
+def _sender(
+    settings: KafkaSettings, send: bool, refused: list[Exception], tell: Callable[[str], None]
+) -> Iterator[Callable[[Any, Place], None]]:
+    """What writes a record to its topic again, done when this ends; what does nothing unless told to `send`.
+
+    What a broker refuses is told of, and kept in `refused`.
+    """
     if not send:
         yield lambda record, place: None
         return
     from kafka import KafkaProducer
 
-    failed: list[Exception] = []
-    with _asked(settings):
-        with contextlib.closing(KafkaProducer(**client_options(settings), acks="all", linger_ms=5)) as producer:
+    options = {"acks": "all", "linger_ms": 5, "max_request_size": LARGEST, "compression_type": "gzip"}
+    options |= {"enable_idempotence": False}  # else what comes behind a refused record is refused as well
+    with _asked(settings), contextlib.closing(KafkaProducer(**client_options(settings), **options)) as producer:
 
-            def write(record: Any, place: Place) -> None:
-                headers = [header for header in record.headers if header[0] not in (REPLAYED, DEADLINE_HEADER)]
-                headers.append((REPLAYED, str(place).encode()))
-                sent = producer.send(
-                    place.topic, key=record.key, value=record.value, headers=headers, partition=place.partition
-                )
-                sent.add_errback(failed.append)
+        def write(record: Any, place: Place) -> None:
+            def refuse(error: Exception) -> None:
+                refused.append(error)
+                tell(f"{place}: not sent again: {reason(error)}")
 
-            yield write
-            producer.flush()
-        if failed:
-            raise failed[0]
+            left_out = (REPLAYED, DEADLINE_HEADER)
+            headers = [each for each in record.headers if each[0] not in left_out and each[1] is not None]
+            headers.append((REPLAYED, str(place).encode()))
+            producer.send(
+                place.topic, key=record.key, value=record.value, headers=headers, partition=place.partition
+            ).add_errback(refuse)
+
+        yield write
+        producer.flush()

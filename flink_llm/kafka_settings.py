@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from flink_llm.errors import ConfigError
+from flink_llm.names import unknown
 from flink_llm.secrets import masked
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,13 @@ PATHS = ("ssl.truststore.location", "ssl.keystore.location")
 TOPIC_SIZE = "max.message.bytes"
 _MAXIMUM = "transaction.max.timeout.ms"
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+_NAMED_TWICE = {
+    "bootstrap.servers": "kafka.bootstrap_servers",
+    "group.id": "kafka.group",
+    "transaction.timeout.ms": "kafka.transaction_timeout_ms",
+    "transactional.id": "name",
+}
 
 
 class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,9 +61,24 @@ def addresses(settings: KafkaSettings) -> list[tuple[str, int]]:
     for server in settings.bootstrap_servers.split(","):
         match = re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})", server.strip())
         if match is None or not 0 < int(match[2]) < 65_536:
-            raise ConfigError(f"kafka.bootstrap_servers: {server!r} is not HOST:PORT")
+            raise ConfigError(f"kafka.bootstrap_servers: {masked(server)!r} is not HOST:PORT")
         found.append((match[1].strip("[]"), int(match[2])))
     return found
+
+
+def check_properties(settings: KafkaSettings, *, exactly_once: bool = False) -> None:
+    """Raises ConfigError for a property that would start a job again and again, or go unheard."""
+    given = settings.properties
+    for name, key in _NAMED_TWICE.items():
+        if name in given:
+            raise ConfigError(f"kafka.properties.{name}: say {key} instead")
+    protocol = given.get("security.protocol", "PLAINTEXT")
+    if protocol.upper() not in _PROTOCOLS:
+        raise ConfigError(unknown("kafka.properties.security.protocol", protocol, _PROTOCOLS))
+    if exactly_once and given.get("acks", "all") not in ("all", "-1"):
+        raise ConfigError(f"kafka.properties.acks is {given['acks']!r}: exactly once takes all, or leave it out")
+    if exactly_once and given.get("enable.idempotence", "true").lower() != "true":
+        raise ConfigError("kafka.properties.enable.idempotence: exactly once takes true, or leave it out")
 
 
 def beyond_this_client(settings: KafkaSettings) -> str | None:
@@ -92,9 +115,10 @@ def client_options(settings: KafkaSettings) -> dict[str, Any]:
 def _login(given: Mapping[str, str]) -> dict[str, str]:
     options = {}
     for name in ("username", "password"):
-        found = re.search(rf"""\b{name}\s*=\s*("[^"]*"|'[^']*')""", given.get("sasl.jaas.config", ""))
+        quoted = r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+        found = re.search(rf"\b{name}\s*=\s*{quoted}", given.get("sasl.jaas.config", ""))
         if found:
-            options[f"sasl_plain_{name}"] = found[1][1:-1]
+            options[f"sasl_plain_{name}"] = re.sub(r"\\(.)", r"\1", found[1][1:-1])
     return options
 
 
@@ -153,7 +177,8 @@ def topics_there(settings: KafkaSettings) -> set[str]:
 
 def reason(error: Exception) -> str:
     """A Kafka error's own message: the broker's where there is one, without number, class and request."""
-    text = " ".join(str(error.args[0]).split()) if error.args else type(error).__name__
+    told = (error.args or (None,))[0] or getattr(error, "message", None) or type(error).__name__
+    text = " ".join(str(told).split())
     said = re.search(r"""error_message=(["'])(.+?)\1[,)]""", text)
     return said[2] if said else text
 

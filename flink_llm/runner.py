@@ -223,6 +223,7 @@ class Runner:
 
     async def _try(self, call: Call, lane: Lane | None) -> None:
         began = self.clock.now()
+        before, call.tried_at = call.tried_at, began
         try:
             self._end(call, await self._attempt(call, lane))
         except Overloaded as error:
@@ -234,7 +235,7 @@ class Runner:
             self.metrics.add("outages")
             if call.attempt == 0 and not isinstance(error, CircuitOpen):  # which says itself that it is
                 log.warning("%s: %s; the record waits and is tried again", self.name, error)
-            await self._wait_out(call, error, began)
+            await self._wait_out(call, error, began, began if before is None else before)
 
     async def _retry(self, call: Call, error: Retriable) -> None:
         failed = Failed(str(error.code), str(error.message), call.generation_id)
@@ -243,16 +244,17 @@ class Runner:
         call.retried += 1
         await self._try_again(call, failed, error)
 
-    async def _wait_out(self, call: Call, error: Exception, began: float) -> None:
+    async def _wait_out(self, call: Call, error: Exception, began: float, before: float) -> None:
         """An outage since `began`: waits before another try, off the record's clock where that may stand still.
 
         Where a part says that it is out, the clock has stood still so far, and the wait may outlast the outage.
         Where none does, the handler knows of a part that we do not, or the record brings its part down by
-        itself: while others are answered, it is the latter, and the record's own time.
+        itself: while others are answered, it is the latter, and the record's own time. That is looked for since
+        `before`, the try before this: one that fails at once leaves no time for others to be answered in.
         """
         told = self._services.outage_since is not None
         excused = self.settings.on_outage == "wait" and call.expires_at is not None
-        excused = excused and (told or self._answered_at < began)
+        excused = excused and (told or self._answered_at < before)
         left = call.remaining()
         failed = Failed("outage", f"{error} (until the deadline)"[:500])
         if not excused or left is None:

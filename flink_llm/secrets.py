@@ -6,13 +6,15 @@ from typing import Any, TypeVar
 
 MASK = "********"
 _NAME = re.compile(
-    r"passw|secret|jaas|credential|authorization|connection_string|user[._-]info|(^|[._-])token$|sas[._-].*token"
+    r"passw|(^|[._-])(pwd|pass)$|secret|jaas|credential|authorization|connection_string|user[._-]info|(^|[._-])token$|sas[._-].*token"
     r"|(api|access|private|account|storage|shared|keystore|encryption)[._-]?key(?!store)",
     re.IGNORECASE,
 )
-_USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^/\s]*(?=@)")
+_USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^\s]*(?=@)")
 _IN_TEXT = re.compile(
-    r"""((?:password|passwd|secret|token)["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,;'"}]+)""", re.IGNORECASE
+    r"""((?:password|passwd|pwd|secret|token|authorization|(?:api|access|account)[._-]?key)["']?\s*[=:]\s*"""
+    r"""(?:(?:bearer|basic)\s+)?)("[^"]*"|'[^']*'|[^\s,;'"}]+)""",
+    re.IGNORECASE,
 )
 T = TypeVar("T")
 

@@ -47,7 +47,8 @@ def write(tables: Any, outputs: Outputs, settings: JobConfig) -> None:
     for uid, (stream, names, delivery) in named.items():
         if settings.files is None:
             # Jobs may share a consumer group; transactions they must not. A name that changed would leave open ones.
-            own = f"{settings.kafka.group or DEFAULT_GROUP}-{settings.name}"
+            group = (settings.kafka.group or DEFAULT_GROUP).replace("%", "%25").replace("/", "%2F")
+            own = f"{group}/{settings.name}"
             kafka.sink(tables, stream, settings.kafka, names, uid=uid, delivery=delivery, transactions=own)
         else:
             values = stream.map(_value, Types.STRING()).uid(f"{uid}-text")

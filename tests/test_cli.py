@@ -32,6 +32,7 @@ def one_line(result):
         ("local", "down", "--state", "/dev/null"),
         ("local", "down", "--wipe", "--state", "/dev/null"),
         ("local", "up", "--state", "/proc/x"),
+        ("local", "up", "--state", "a,b"),
         ("local", "up", "--topic", "a b"),
         ("local", "up", "--topic", "a:0"),
         ("local", "up", "--topic", ".."),

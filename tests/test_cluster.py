@@ -25,6 +25,8 @@ ValueError: no
         (JAVA.format(PYTHON), "ValueError: no"),
         ("one\ntwo\n\tat a.B.c(D.java:1)\n", "two"),
         ("", "no reason given"),
+        ("a.B: why\n\tat c.D\n\tSuppressed: e.F: null\n\t\tat g.H\n\tCaused by: i.J: no\n\t\t... 1 more\n", "a.B: why"),
+        ("a.B: x\n\tSuppressed: e.F: null\n\t\tat g.H\nCaused by: i.J: why\n\tat k.L\n", "i.J: why"),
         (
             JAVA.format("java.lang.NumberFormatException: no").replace(
                 "outer", "Could not parse value 'x' for key 'a.b'."

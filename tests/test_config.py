@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,7 @@ def test_what_is_no_configuration_is_one_line(tmp_path, text, expect):
         "ssl.keystore.key",
         "ssl.key.password",
         "Authorization",
+        "redis.pwd",
     ],
 )
 def test_secrets_are_known_by_their_names(name):
@@ -197,6 +199,34 @@ def test_secrets_are_masked_whole():
     assert "hunter" not in repr(FeatureSettings(online_store=store))
     assert masked("at redis://u:hun:ter@h:1/0 now") == "at redis://********@h:1/0 now"
     assert masked("host:6379,password=hunter,db=1") == "host:6379,password=********,db=1"
+    assert masked("redis://:hun/ter@h:1/0") == "redis://********@h:1/0"
+    assert (
+        masked("api_key=hunter, aws_secret_access_key: hunter") == "api_key=********, aws_secret_access_key: ********"
+    )
+    assert masked("Authorization: Bearer hunter") == "Authorization: Bearer ********"
+    with pytest.raises(ConfigError) as caught:
+        parse({**GOOD, "kafka": {"bootstrap_servers": "kafka://bob:hunter@host:9092"}}, Path())
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("properties", "said"),
+    [
+        ({"security.protocol": "SASLSSL"}, "did you mean 'SASL_SSL'?"),
+        ({"acks": "1"}, "exactly once takes all"),
+        ({"enable.idempotence": "false"}, "exactly once takes true"),
+        ({"group.id": "chat"}, "say kafka.group instead"),
+        ({"max.request.size": "²"}, "max.request.size ²"),
+    ],
+)
+def test_what_kafkas_client_would_not_take_is_refused_before_the_start(properties, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parse({**GOOD, "flink": {"delivery": "exactly_once"}, "kafka": {"properties": properties}}, Path())
+
+
+def test_without_transactions_one_acknowledgement_may_do():
+    raw = {**GOOD, "kafka": {"properties": {"acks": 1}}, "flink": {"delivery": "at_least_once"}}
+    assert parse(raw, Path()).kafka.properties == {"acks": "1"}
 
 
 def test_what_the_operator_lets_through_must_be_what_the_producer_takes():

@@ -63,6 +63,12 @@ def test_what_only_flinks_client_can_do_refuses_no_job(given, why):
     assert check_transaction_timeout(settings) == f"the broker's transaction.max.timeout.ms could not be read: {why}"
 
 
+def test_a_password_is_read_as_java_reads_it():
+    login = 'org.apache.kafka.common.security.plain.PlainLoginModule required username="bob" password="a\\"b\\\\c";'
+    given = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN", "sasl.jaas.config": login}
+    assert client_options(KafkaSettings(properties=given))["sasl_plain_password"] == 'a"b\\c'
+
+
 @pytest.mark.parametrize("servers", ["", "a", "a:", ":1", "a:0", "a:70000", "http://a:1", "a:1,,b:1", "a b:1"])
 def test_what_is_no_address_is_refused(servers):
     with pytest.raises(ConfigError, match="is not HOST:PORT"):

@@ -1,6 +1,7 @@
 """A real Kafka broker (KRaft, one node, loopback) in a state folder that survives."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from filelock import FileLock
 from flink_llm.errors import ConfigError, LocalError
 from flink_llm.kafka_settings import reason
 from flink_llm.local import jars, processes
+from flink_llm.local.cluster import last_words
 from flink_llm.names import check_topic
 
 START_S = 60.0
@@ -133,12 +135,15 @@ class Broker:
         return started is not None
 
     def _start(self) -> None:
+        if "," in str(self._folder):
+            raise LocalError(f"{self._folder}: Kafka takes no folder with a comma in its name: give another --state")
         port = self._wanted or (self.port if self._config.exists() else processes.free_port())
         if not processes.port_is_free(port):
             raise LocalError(f"port {port} is in use: give another one with --port")
         data = self._folder / "data"
         more = "".join(f"{name}={value}\n" for name, value in self._properties.items())  # of two, the last one holds
-        text = (SETTINGS + more).format(port=port, controller=processes.free_port(), data=data)
+        escaped = json.dumps(str(data))[1:-1]  # Java's properties are Latin-1, and have the same escapes
+        text = (SETTINGS + more).format(port=port, controller=processes.free_port(), data=escaped)
         self._config.write_text(text)
         classpath = os.pathsep.join(str(jar) for jar in jars.jars("broker"))
         java = [jars.java()[0], "-Xmx512m", *jars.OPTIONS, "-cp", classpath]
@@ -152,10 +157,8 @@ class Broker:
         command = [*java, "kafka.tools.StorageTool", "format", "-t", uuid.uuid4().hex[:22], "-c"]
         ran = subprocess.run([*command, str(self._config)], capture_output=True, text=True)
         if ran.returncode:
-            reason = (ran.stderr or ran.stdout).strip().splitlines()
-            last = reason[-1] if reason else "no reason given"
             raise LocalError(
-                f"the broker's folder {self._folder} cannot be set up: {last}; "
+                f"the broker's folder {self._folder} cannot be set up: {last_words(ran.stderr or ran.stdout)}; "
                 f"`flink-llm local down --wipe` deletes it and all its topics, `flink-llm local up` makes it anew"
             )
 

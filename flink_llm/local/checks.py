@@ -73,7 +73,7 @@ def slots(config: JobConfig) -> str:
     """Slots for all subtasks, where `flink.properties` says how many the mini-cluster has."""
     given = config.flink.properties
     each, managers = (given.get(name, "") for name in (SLOTS, MANAGERS))
-    if each.isdigit() and (managers or "1").isdigit():
+    if each.isdecimal() and (managers or "1").isdecimal():
         there = int(each) * int(managers or 1)
         if there < config.flink.parallelism:
             raise ConfigError(

@@ -353,7 +353,8 @@ def last_words(text: str) -> str:
 
     Where Flink could not read a setting, its key stands before that. Secrets are masked.
     """
-    lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
+    text = re.sub(r"^\s+Suppressed: .*(\n\s.*)*", "", text.replace("\\n", "\n"), flags=re.MULTILINE)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("at ", "... "))]
     first = max((number for number, line in enumerate(lines) if line.startswith("Caused by: ")), default=None)
     if first is None:

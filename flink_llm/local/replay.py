@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 
 from flink_llm import dead_letters
-from flink_llm.config import load
+from flink_llm.config import JobConfig, load
 from flink_llm.dead_letters import Choice, Letters
-from flink_llm.errors import CODES, ConfigError
-from flink_llm.kafka_settings import KafkaSettings
+from flink_llm.errors import CODES, ConfigError, LocalError
+from flink_llm.kafka_settings import reason
 from flink_llm.names import unknown
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -23,10 +23,10 @@ def when_ms(option: str, text: str | None) -> int | None:
         return None
     ago = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if ago is not None:
-        return int((time.time() - float(ago[1]) * _UNITS[ago[2]]) * 1000)
+        return int((time.time() - min(float(ago[1]) * _UNITS[ago[2]], time.time())) * 1000)
     try:
         return int(datetime.fromisoformat(text).timestamp() * 1000)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"{option} {text!r}: write 30m, 2h or 3d, or a time like 2026-01-31T12:00") from None
 
 
@@ -55,21 +55,27 @@ def replayed(
     tell: Callable[[str], None],
 ) -> Iterator[str]:
     """Sends, or says what would be sent. Raises ConfigError, LocalError."""
-    settings, letters = _read(config, codes, since, until, requests)
+    job, letters = _read(config, codes, since, until, requests)
     yield from _summary(letters)
-    done = dead_letters.replay(settings, letters.found, send=send, tell=tell)
+    done = dead_letters.replay(job.kafka, letters.found, job.topics.requests, send=send, tell=tell)
     if done.repeated:
         yield f"{done.repeated} failed more than once, and count once"
     for count, why in ((done.gone, "expired or compacted away"), (done.changed, "another record by now"),
-                       (done.placeless, "without a place in Kafka")):  # fmt: skip
+                       (done.placeless, "without a place in Kafka"), (done.empty, "with neither key nor value"),
+                       (done.elsewhere, "of topics that are not in topics.requests")):  # fmt: skip
         if count:
             yield f"{count} skipped: {why}"
     yield f"{done.there} sent again" if send else f"{done.there} would be sent again: add --send"
+    if done.refused:
+        raise LocalError(
+            f"kafka: {len(done.refused)} could not be sent again: {reason(done.refused[0])}; once that is mended, the "
+            f"same command sends all of them: those that were answered meanwhile are repeats"
+        )
 
 
 def _read(
     config: Path, codes: Sequence[str], since: str | None, until: str | None, requests: Sequence[str]
-) -> tuple[KafkaSettings, Letters]:
+) -> tuple[JobConfig, Letters]:
     choice = Choice(frozenset(codes), when_ms("--since", since) or 0, when_ms("--until", until), frozenset(requests))
     job = load(config)
     if job.files is not None:
@@ -78,7 +84,7 @@ def _read(
     for code in codes:  # a handler may have codes of its own
         if not letters.found and code not in CODES:
             raise ConfigError(unknown("--code", code, CODES))
-    return job.kafka, letters
+    return job, letters
 
 
 def _summary(letters: Letters) -> Iterator[str]:

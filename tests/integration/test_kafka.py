@@ -127,6 +127,37 @@ def test_a_time_that_no_broker_takes_is_the_time_of_writing(outcome):
         assert NOW - 1000 < record.timestamp < NOW + 600_000
 
 
+def test_a_job_reads_what_is_committed_and_ends_no_transaction_but_its_own(broker, topics):
+    source, sink = topics("committed", "shared")
+
+    def producer(name):
+        made = KafkaProducer(bootstrap_servers=broker.bootstrap_servers, transactional_id=name)
+        made.init_transactions()
+        made.begin_transaction()
+        return made
+
+    before = producer("before")
+    before.send(source, b"aborted").get()
+    before.abort_transaction()
+    before.begin_transaction()
+    before.send(source, b"committed").get()
+    before.commit_transaction()
+    others = producer(f"{kafka.transactions_of('chat', 'out-eu')}-0-1")
+    others.send(sink, b"of another sink").get()
+
+    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, group="chat")
+    none = {"restart-strategy.type": "none"}
+    env = environment.environment(none)
+    environment.configure(env, FlinkSettings(checkpoint_interval_ms=500, properties=none))
+    tables = environment.tables(env)
+    read = kafka.source(tables, settings, [source], uid="in", start="earliest", bounded=True)
+    kafka.sink(tables, read, settings, [sink], uid="out", delivery="exactly_once")
+    env.execute("out")
+
+    others.commit_transaction()
+    assert sorted(record.value for record in committed(broker, sink)) == [b"committed", b"of another sink"]
+
+
 def test_a_sink_says_which_type_it_takes(broker):
     env = environment.environment()
     words = env.from_collection(["a"])

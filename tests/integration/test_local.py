@@ -1,6 +1,7 @@
 """`flink-llm local`: one broker's life, from the command line."""
 
 import socket
+import sys
 
 from click.testing import CliRunner
 from kafka import KafkaConsumer, KafkaProducer
@@ -11,7 +12,7 @@ from flink_llm.local.broker import Broker
 
 
 def test_a_brokers_life(tmp_path):
-    state = tmp_path / "state"
+    state = tmp_path / ("jürgens state" if sys.getfilesystemencoding() == "utf-8" else "state")  # as Java reads it
 
     def local(*arguments):
         ran = CliRunner().invoke(cli.main, ["local", *arguments, "--state", str(state)])

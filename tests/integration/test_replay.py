@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import random
 import time
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.serializer import Serializer
 
 from flink_llm import codec
 from flink_llm.cli import main
@@ -42,13 +45,30 @@ class Job:
             "payload_sha256": hashlib.sha256(value).hexdigest(), **changes,
         }  # fmt: skip
 
+    def failed(self, value):
+        self.producer.send(self.failures, value=value).get(10)
+
     def fail(self, code, failed_at=NOW, **fields):
         failure = {"key": None, "handler": "Generate", "message": "it\ndid", **fields}
-        value = codec.encode(Failure(code=code, failed_at=failed_at, **failure))
-        self.producer.send(self.failures, value=value).get(10)
+        self.failed(codec.encode(Failure(code=code, failed_at=failed_at, **failure)))
 
     def run(self, command, *arguments):
         return CliRunner().invoke(main, ["failures", command, str(self.config), *arguments])
+
+    def ask_nothing(self):
+        class Nothing(Serializer):  # kafka-python sends no record without key and value that says so
+            def serialize(self, topic, headers, data):
+                return None
+
+        producer = KafkaProducer(bootstrap_servers=self.servers, value_serializer=Nothing())
+        sent = producer.send(self.requests, value="any").get(10)
+        producer.close()
+        return sent
+
+    def takes(self, size):
+        admin = KafkaAdminClient(bootstrap_servers=self.servers)
+        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, self.requests, {"max.message.bytes": str(size)})])
+        admin.close()
 
     def asked(self):
         consumer = KafkaConsumer(
@@ -70,7 +90,7 @@ def test_failures_are_chosen_by_code_and_time_and_counted(job):
     job.fail("deadline", NOW - 7_200_000, **job.ask(1))
     job.fail("outage", **job.ask(2))
     job.fail("outage", **job.ask(3))
-    job.producer.send(job.failures, value=b"no failure").get(10)
+    job.failed(b"no failure")
     said = job.run("list").output.splitlines()
     assert [line.split()[2:4] for line in said[:3]] == [["deadline", "r1"], ["outage", "r2"], ["outage", "r3"]]
     assert said[1].endswith(f"{job.requests}/0/1  it did")
@@ -98,6 +118,42 @@ def test_originals_are_sent_again_once_and_as_they_were(job):
     before, sent = job.asked()[1], job.asked()[3:]
     assert [(one.key, one.value) for one in sent] == [(before.key, before.value)]
     assert dict(sent[0].headers) == {"trace": b"\xff", REPLAYED: f"{job.requests}/0/{again['offset']}".encode()}
+
+
+def test_records_that_are_no_failures_are_counted_and_read_past(job):
+    job.failed(b'{"code": "\xff\xfe"}')
+    job.failed(b'{"code": "a", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    job.fail("outage", NOW * 1_000_000, **job.ask(1))  # in nanoseconds
+    job.fail("outage", **job.ask(2))
+    said = job.run("list", "--since", f"{'9' * 400}d").output.splitlines()
+    assert said[1:] == ["1 failures: outage 1", "3 records of the topic are no failures of this library"]
+
+
+def test_what_lies_in_a_topic_that_the_job_does_not_read_is_left_there(job):
+    job.fail("outage", **job.ask(1))
+    elsewhere = job.producer.send(job.failures, value=b"of another job").get(10)
+    job.fail("outage", request_id="r1", topic=job.failures, partition=0, offset=elsewhere.offset)
+    said = job.run("replay", "--send").output.splitlines()
+    assert said[-2:] == ["1 skipped: of topics that are not in topics.requests", "1 sent again"]
+
+
+def test_large_and_empty_originals_stop_nobody_behind_them(job):
+    job.takes(5_000_000)
+    empty = job.ask_nothing()
+    large = b'{"text": "' + random.Random(0).randbytes(1_000_000).hex().encode() + b'"}'
+    producer = KafkaProducer(bootstrap_servers=job.servers, max_request_size=5_000_000)
+    sent = producer.send(job.requests, value=large).get(10)
+    producer.close()
+    job.fail("null_value", request_id=None, topic=empty.topic, partition=empty.partition, offset=empty.offset)
+    job.fail("outage", request_id=None, topic=sent.topic, partition=sent.partition, offset=sent.offset)
+    job.fail("outage", **job.ask(3))
+    said = job.run("replay", "--send").output.splitlines()
+    assert said[-2:] == ["1 skipped: with neither key nor value", "2 sent again"]
+    assert [len(one.value or b"") for one in job.asked()] == [0, len(large), 20, len(large), 20]
+    job.takes(100_000)
+    said = job.run("replay", "--send")
+    assert said.exit_code == 1 and "1 sent again" in said.output and "1 could not be sent again" in said.output
+    assert f"{sent.topic}/{sent.partition}/{sent.offset}: not sent again" in said.output
 
 
 def test_another_request_under_the_same_id_takes_nobodys_turn(job):
