@@ -229,7 +229,7 @@ def test_a_real_host_tells_what_it_did(hosted: Hosted, tmp_path: Path) -> None:
         return found[f"flink_llm_{name}", *labels]
 
     assert sum(found.get(("flink_llm_requests_total", "5", "tiny", end), 0) for end in ("stop", "length")) == 2
-    assert tiny_s("requests_total", "5", "tiny", "failed") == 1
+    assert tiny_s("requests_total", "5", "tiny", "invalid") == 1
     assert tiny_s("requests_total", "5", "tiny", "cancelled") == 1
     assert tiny_s("requests_total", "5", "embedding", "stop") == 2
     assert (tiny_s("queue_length", "5", "tiny"), tiny_s("requests_running", "5", "tiny")) == (0, 0)

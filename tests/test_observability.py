@@ -9,6 +9,7 @@ import yaml
 
 from flink_llm import errors, stages
 from flink_llm.engine.metrics import Metrics
+from flink_llm.udfs.counters import KNOWN
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "observability"
@@ -77,6 +78,13 @@ def test_failures_and_circuits_are_found_by_the_names_of_their_metrics():
     patterns = {found for _, expr in expressions() for found in re.findall(r'__name__=~"([^"]+)"', expr)}
     assert patterns == {f"{GROUP}failures_.+", f"{GROUP}breaker_.+"}
     assert all(re.fullmatch(f"{GROUP}failures_.+", f"{GROUP}failures_{code}") for code in errors.CODES)
+
+
+def test_the_counts_that_alerts_ask_for_begin_at_zero():
+    asked = {found for rule in alerts() for found in re.findall(rf"{GROUP}(\w+)", rule["expr"])}
+    known = {name.replace(".", "_") for name in KNOWN}
+    assert known <= counters() | {"failures_shed"}
+    assert asked - {"in_flight", "failures_", "breaker_"} <= known
 
 
 def test_every_count_of_the_operator_and_the_host_is_on_the_dashboard():

@@ -11,6 +11,11 @@ from flink_llm.runner import Runner
 
 GROUP = "flink_llm"
 REPORT_MS = 1000
+KNOWN = (
+    "results", "repeats", "retries", "overloaded", "outages", "abandoned", "blocked", "leaked_tasks", "restored",
+    "degraded", "failures.shed",
+)  # fmt: skip
+"""Counts that are told from the beginning: an alert sees no increase in what begins at one."""
 
 
 class Counts:
@@ -48,23 +53,29 @@ class Counters:
         self._group: Any = None if group is None else group.add_group(GROUP)
         self._counts = Counts(self._group, runner.metrics.counts)
         self._breakers = runner.breakers
-        self._levels: set[str] = set()
+        self._levels: dict[str, int] = {}  # as last told
         self._in_flight = in_flight
         self._next = 0.0
         if self._group is not None:
+            for name in KNOWN:
+                runner.metrics.add(name, 0)
             self._group.gauge("in_flight", self._asked)
 
     @property
     def untold(self) -> bool:
-        """Whether a bundle is to end in `REPORT_MS`, even if nothing arrives any more."""
-        return self._group is not None and self._counts.untold
+        """Whether a bundle is to end in `REPORT_MS`, even if nothing arrives: circuits close by themselves."""
+        if self._group is None:
+            return False
+        levels = (*self._levels.values(), *(breaker.level for breaker in self._breakers.values()))
+        return self._counts.untold or any(levels)
 
     def _asked(self) -> int:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + REPORT_MS / 1000
             self._counts.tell()
-            for name in self._breakers.keys() - self._levels:
-                self._levels.add(name)
-                self._group.add_group("breaker").gauge(name, partial(getattr, self._breakers[name], "level"))
+            for name, breaker in self._breakers.items():
+                if name not in self._levels:
+                    self._group.add_group("breaker").gauge(name, partial(getattr, breaker, "level"))
+                self._levels[name] = breaker.level
         return self._in_flight()

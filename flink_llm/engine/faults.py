@@ -7,6 +7,8 @@ from flink_llm.engine.protocol import Fault
 from flink_llm.errors import ConfigError, FlinkLlmError, ModelFolderError, Outage, Overloaded, RecordError
 
 LONGEST = 500
+MODEL_ERROR = "model_error"
+"""The code of a record that a model failed on, for no reason that is known to be the record's."""
 _NO_ROOM = re.compile("allocat|bad_alloc|out of memory", re.IGNORECASE)
 
 
@@ -22,7 +24,7 @@ def fault_of(error: BaseException, call: int = 0) -> Fault:
     text = printable(error if isinstance(error, FlinkLlmError) else f"{type(error).__name__}: {error}", LONGEST)
     if isinstance(error, FlinkLlmError) or lacks_memory(error):
         return Fault(call=call, kind="outage", code="outage", message=text)
-    return Fault(call=call, kind="record", code="model_error", message=text)
+    return Fault(call=call, kind="record", code=MODEL_ERROR, message=text)
 
 
 def fault_error(fault: Fault) -> Exception:

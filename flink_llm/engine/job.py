@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from flink_llm.engine.faults import fault_of
+from flink_llm.engine.faults import MODEL_ERROR, fault_of
 from flink_llm.engine.metrics import ModelMetrics, RequestMetrics
 from flink_llm.engine.protocol import Done, Event, Fault, Submit
 from flink_llm.errors import Overloaded, RecordError
@@ -50,7 +50,8 @@ class Job:
         if isinstance(event, Done):
             self.metrics.ended(event.finish)
         elif isinstance(event, Fault):
-            self.metrics.ended("outage" if event.kind == "outage" else "failed")
+            invalid = event.kind == "record" and event.code != MODEL_ERROR
+            self.metrics.ended("outage" if event.kind == "outage" else "invalid" if invalid else "failed")
 
     def fail(self, error: BaseException, said: Said) -> None:
         """The end of this work, and of no other."""

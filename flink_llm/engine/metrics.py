@@ -184,7 +184,7 @@ class RequestMetrics:
         self._latest = now
 
     def ended(self, outcome: str, now: float | None = None) -> None:
-        """It is over, once: stop, length, cancelled, refused_full, refused_deadline, failed or outage."""
+        """It is over, once: stop, length, cancelled, refused_full, refused_deadline, invalid, failed, outage."""
         if self._ended:
             return
         self._ended = True

@@ -98,7 +98,7 @@ def test_a_scrape_and_a_collector_have_our_names(tmp_path, collector):
     try:
         deadline = time.monotonic() + 120
         wanted = {f"{GROUP}{name}": value for name, value in
-                  {"results": 1, "failures_invalid": 1, "degraded": 1, "in_flight": 1,
+                  {"results": 1, "failures_invalid": 1, "degraded": 1, "in_flight": 1, "blocked": 0, "failures_shed": 0,
                    "breaker_features_gone": 2}.items()}  # fmt: skip
         latencies = {"total": 2, "queue": 3, "call": 2, "emit": 2}
         found = told = {}
