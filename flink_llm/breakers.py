@@ -166,8 +166,8 @@ class Breakers(Mapping[str, Breaker]):
 
     def named(self, name: str) -> Breaker:
         """The one of that name, made at its first use."""
-        if name not in self._made:
-            self._made[name] = Breaker(name, self.settings, self._clock)
+        if name not in self._made:  # a new dict: other threads may be iterating over the one that was
+            self._made = {**self._made, name: Breaker(name, self.settings, self._clock)}
         return self._made[name]
 
     @property

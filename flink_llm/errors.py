@@ -132,7 +132,7 @@ CODES: dict[str, str] = {
     "shed": "refused at arrival, as its deadline could not be met (only with shed: on)",
     "outage": "a part was down until the deadline (only with on_outage: deadline)",
     "conflicting_request": "the request id was used before with another payload",
-    "missing_features": "a required feature is absent or too old",
+    "missing_features": "a row of features cannot be decoded or computed, or a handler lacks one that it requires",
 }
 """Failure codes and what each means. Codes are never renamed; new ones may be added."""
 

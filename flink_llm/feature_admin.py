@@ -17,15 +17,8 @@ from msgspec import Struct
 from flink_llm.errors import ConfigError, FlinkLlmError, Outage
 from flink_llm.feature_config import describe_store, quiet, registry_file, repo_config
 from flink_llm.feature_settings import FeatureSettings, masked
-from flink_llm.feature_store import Store, disconnect
+from flink_llm.feature_store import APPLY, Store, disconnect
 from flink_llm.local import demo_data
-
-_PROBE_KEY: dict[str, str | int | bytes] = {
-    "string_val": "-",
-    "int64_val": -1,
-    "int32_val": -1,
-    "bytes_val": b"-",
-}
 
 
 class ViewReport(Struct, frozen=True, kw_only=True):
@@ -91,15 +84,23 @@ def fill_demo(settings: FeatureSettings, *, seed: int = demo_data.DEFAULT_SEED) 
     config = repo_config(settings)
     file = registry_file(config)
     if file is not None and not file.is_file():
-        raise ConfigError(f"features: there is no registry at {file}; `flink-llm features apply CONFIG` makes it")
+        raise ConfigError(f"features: there is no registry at {file}; {APPLY} makes it")
     with quiet():
         from feast import FeatureStore
 
         store = FeatureStore(config=config)
         frames = demo_data.frames(seed)
         try:
+            lacking = frames.keys() - {view.name for view in store.list_feature_views()}
+            if lacking:
+                raise ConfigError(
+                    f"features.repo: {settings.repo} lacks the demo's views {', '.join(sorted(lacking))}; "
+                    "name the feature_repo that comes with flink-llm, or fill yours by Feast's FeatureStore.push"
+                )
             for view, frame in frames.items():
                 store.write_to_online_store(view, frame)
+        except ConfigError:
+            raise
         except Exception as error:
             where = describe_store(config)
             raise Outage(f"the feature store ({where}) cannot be written: {masked(str(error))}") from error
@@ -138,7 +139,7 @@ def _report(store: Store, name: str, config: Any) -> ViewReport:
     try:
         part = store.table(name).parts[0]
         keys, features, ttl_s = [given for given, _ in part.keys], list(part.features), part.max_age_s
-        store.read(name, [tuple(_PROBE_KEY[field.kind] for _, field in part.keys)])
+        store.check(name)
         if config.online_store.type == "sqlite":
             rows = _count(config, name)
     except FlinkLlmError as refused:

@@ -1,7 +1,7 @@
 """What a feature table is made of: its keys, and the rows found for them. No Feast, no I/O."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from flink_llm.errors import ConfigError, RecordError
@@ -46,6 +46,20 @@ _CONVERTERS: dict[str, Callable[[Any], str | int | bytes]] = {
     "int32_val": _number(32),
     "bytes_val": _bytes,
 }
+_ABSENT: dict[str, str | int | bytes] = {
+    "string_val": "flink-llm probe",
+    "int64_val": -(2**63),
+    "int32_val": -(2**31),
+    "bytes_val": b"flink-llm probe",
+}
+
+
+def _shown(value: Any) -> str:
+    """Type and beginning of what may be anything: `str` itself refuses an int of more than 4,300 digits."""
+    try:
+        return f"{type(value).__name__} {str(value)[:40]!a}"
+    except Exception:
+        return type(value).__name__
 
 
 class KeyField(NamedTuple):
@@ -63,8 +77,7 @@ class KeyField(NamedTuple):
             return _CONVERTERS[self.kind](value)
         except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
             wanted = self.kind.removesuffix("_val").upper()
-            got = f"{type(value).__name__} {str(value)[:40]!a}"
-            raise RecordError("invalid", f"the key {self.name} must be {wanted}, got {got}") from error
+            raise RecordError("invalid", f"the key {self.name} must be {wanted}, got {_shown(value)}") from error
 
 
 def key_field(name: str, value_type: str) -> KeyField:
@@ -72,15 +85,25 @@ def key_field(name: str, value_type: str) -> KeyField:
     return KeyField(name, f"{value_type.lower()}_val")
 
 
+def absent_key(fields: Iterable[KeyField]) -> Key:
+    """A key that no row has: whether it can be read says how the store is, and nothing of any row."""
+    return tuple(_ABSENT[field.kind] for field in fields)
+
+
 class StoredRow(NamedTuple):
-    """A row as it was read: None for an absent one; `at` is its event time in epoch seconds, if known."""
+    """A row as it was read: None for an absent one. In epoch seconds, if known: `at` is its event time, after
+    `expires` it is too old."""
 
     values: dict[str, Any] | None
     at: float | None
+    expires: float | None = None
 
 
 class Part(NamedTuple):
-    """What a table takes of one view. `keys` pairs the name that callers use with the view's key."""
+    """What a table takes of one view. `keys` pairs the name that callers use with the view's key.
+
+    `max_age_s` is for people: a row says itself when it `expires`.
+    """
 
     label: str
     source: str
@@ -98,7 +121,8 @@ class TableSpec(NamedTuple):
 
     @classmethod
     def of(cls, name: str, parts: Sequence[Part]) -> "TableSpec":
-        """Raises ConfigError for two features of one name, or a key of a type that none can have."""
+        """Raises ConfigError for two features of one name or one named like a key, or a key of a type that none can
+        have."""
         owner: dict[str, str] = {}
         keys: dict[str, None] = {}
         for part in parts:
@@ -115,4 +139,9 @@ class TableSpec(NamedTuple):
                         f"{name}: the feature {feature} comes from {owner[feature]} and from {part.label}; "
                         "leave one of them out of the service"
                     )
+        for feature in owner.keys() & keys.keys():
+            raise ConfigError(
+                f"{name}: the feature {feature} of {owner[feature]} is named like a key; "
+                "rename it or leave it out of the service"
+            )
         return cls(name, tuple(parts), tuple(keys))

@@ -1,23 +1,25 @@
 """Feast's side of reading features: configuration, views, one batched read, errors.
 
 Nothing here knows of asyncio. A `Store` belongs to the thread that opens it; all others may call
-`table`, which reads only what `open` has left behind. Feast is imported inside functions, as that
-takes seconds.
+`table` and `absent_key`, which read only what `open` has left behind. Feast is imported inside
+functions, as that takes seconds.
 """
 
 import logging
 import os
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
 from flink_llm.errors import ConfigError, Outage, RecordError
 from flink_llm.feature_config import BUSY_SHARE, describe_store, quiet, registry_file, repo_config
-from flink_llm.feature_keys import Key, KeyField, Part, StoredRow, TableSpec, key_field
+from flink_llm.feature_keys import Key, KeyField, Part, StoredRow, TableSpec, absent_key, key_field
 from flink_llm.feature_settings import FeatureSettings, masked
 from flink_llm.names import unknown
 
 log = logging.getLogger(__name__)
 
+APPLY = "`flink-llm features apply CONFIG`"
 _NO_ENTITY = "__dummy_id"
 _PLAIN_VALUES = frozenset({"string_val", "int64_val", "int32_val", "double_val", "float_val", "bool_val"})
 
@@ -25,19 +27,21 @@ _PLAIN_VALUES = frozenset({"string_val", "int64_val", "int32_val", "double_val",
 class _Stored:
     """A view whose rows are read as they lie in the store, with their event timestamps."""
 
-    def __init__(self, view: Any) -> None:
+    def __init__(self, view: Any, fresh_s: float | None) -> None:
         self.view = view
         self.features = [field.name for field in view.features]
-        self.max_age_s = view.ttl.total_seconds() if view.ttl else None
+        ttl_s = view.ttl.total_seconds() if view.ttl else None
+        self.max_age_s = ttl_s if fresh_s is None else fresh_s
         columns = [column for column in view.entity_columns if column.name != _NO_ENTITY]
         self.keys = [key_field(column.name, column.dtype.to_value_type().name) for column in columns]
+        self._entity = self.keys or [KeyField(_NO_ENTITY, "string_val")]
 
     def read(self, store: Any, keys: Sequence[Key]) -> list[StoredRow]:
         from feast.protos.feast.types.EntityKey_pb2 import EntityKey
         from feast.protos.feast.types.Value_pb2 import Value
 
-        names = [field.name for field in self.keys] or [_NO_ENTITY]
-        kinds = [field.kind for field in self.keys] or ["string_val"]
+        names = [field.name for field in self._entity]
+        kinds = [field.kind for field in self._entity]
         entities = []
         for key in keys:
             filled: list[dict[str, Any]] = [{kind: v} for kind, v in zip(kinds, key or ("",), strict=True)]
@@ -47,6 +51,10 @@ class _Stored:
             raise OSError(f"{len(rows)} rows came back for {len(keys)} keys")
         return [self._row(at, values) for at, values in rows]
 
+    def check(self, store: Any) -> None:
+        """Reads what is not there: whatever that raises is of the store, and of no row."""
+        self.read(store, [absent_key(self._entity)])
+
     def _row(self, at: Any, values: Any) -> StoredRow:
         if not values or at is None:
             return StoredRow(None, None)
@@ -54,22 +62,32 @@ class _Stored:
         seconds = at.timestamp()
         # Redis answers an absent row with unset values and a timestamp of 0.
         absent = seconds == 0 and all(value is None for value in plain.values())
-        return StoredRow(None, None) if absent else StoredRow(plain, seconds)
+        if absent:
+            return StoredRow(None, None)
+        return StoredRow(plain, seconds, None if self.max_age_s is None else seconds + self.max_age_s)
+
+
+class _NotComputed(Exception):
+    """A transformation's error, the cause of this one: that of some row."""
 
 
 class _Computed:
     """An on-demand view: Feast's own get_online_features computes it from rows that are there.
 
     Its source rows are read beforehand: absent ones must not reach the transformation, which may not
-    expect them, and their event timestamps are not in Feast's answer.
+    expect them, and their event timestamps are not in Feast's answer. A row expires with the first of
+    its sources, or `fresh_s` after the oldest.
     """
 
-    def __init__(self, view: Any, stored: dict[str, _Stored]) -> None:
+    def __init__(self, view: Any, stored: dict[str, _Stored], fresh_s: float | None) -> None:
+        self.name = view.name
         self.features = [field.name for field in view.features]
         self._refs = [f"{view.name}:{name}" for name in self.features]
         self._sources: list[tuple[_Stored, list[str]]] = []
         keys: dict[str, KeyField] = {}
         for projection in view.source_feature_view_projections.values():
+            if projection.name not in stored:
+                raise ConfigError(_lacking(f"the on-demand view {view.name}", projection.name))
             source = stored[projection.name]
             names = [projection.join_key_map.get(field.name, field.name) for field in source.keys]
             self._sources.append((source, names))
@@ -78,26 +96,49 @@ class _Computed:
             keys.update((f.name, key_field(f.name, f.dtype.to_value_type().name)) for f in request.schema)
         self.keys = list(keys.values())
         ages = [source.max_age_s for source, _ in self._sources if source.max_age_s is not None]
-        self.max_age_s = min(ages, default=None)
+        self.max_age_s = min(ages, default=None) if fresh_s is None else fresh_s
+        self._fresh_s = fresh_s
 
     def read(self, store: Any, keys: Sequence[Key]) -> list[StoredRow]:
         names = [field.name for field in self.keys]
-        times: list[list[float | None]] = [[] for _ in keys]
+        sources: list[list[StoredRow]] = [[] for _ in keys]
         for source, wanted in self._sources:
             places = [names.index(name) for name in wanted]
             parts = [tuple(key[place] for place in places) for key in keys]
-            for held, row in zip(times, source.read(store, parts), strict=True):
-                held.append(row.at)
-        ready = [i for i, held in enumerate(times) if None not in held]
+            for held, row in zip(sources, source.read(store, parts), strict=True):
+                held.append(row)
+        ready = [i for i, held in enumerate(sources) if all(row.at is not None for row in held)]
         rows = [StoredRow(None, None)] * len(keys)
         if ready:
             columns = {name: [keys[i][place] for i in ready] for place, name in enumerate(names)}
+            for i, values in zip(ready, self._computed(store, columns, len(ready)), strict=True):
+                rows[i] = self._row(values, sources[i])
+        return rows
+
+    def check(self, store: Any) -> None:
+        """See `_Stored.check`; the registry is looked into, as Feast does before it computes. Computes nothing."""
+        store.registry.get_on_demand_feature_view(self.name, store.project, allow_cache=True)
+        for source, _ in self._sources:
+            source.check(store)
+
+    def _computed(self, store: Any, columns: dict[str, list[Any]], count: int) -> list[dict[str, Any]]:
+        try:
             answer = store.get_online_features(features=self._refs, entity_rows=columns).proto
             found = dict(zip(answer.metadata.feature_names.val, answer.results, strict=True))
-            for n, i in enumerate(ready):
-                values = {name: plain_value(found[name].values[n]) for name in self.features if name in found}
-                rows[i] = StoredRow(values, min((at for at in times[i] if at is not None), default=None))
-        return rows
+            held = {name: found[name].values for name in self.features if name in found}
+            return [{name: plain_value(values[n]) for name, values in held.items()} for n in range(count)]
+        except Exception as error:
+            if _is_of_the_store(error):
+                raise
+            raise _NotComputed from error
+
+    def _row(self, values: dict[str, Any], sources: list[StoredRow]) -> StoredRow:
+        at = min((row.at for row in sources if row.at is not None), default=None)
+        if self._fresh_s is None:
+            expires = min((row.expires for row in sources if row.expires is not None), default=None)
+        else:
+            expires = None if at is None else at + self._fresh_s
+        return StoredRow(values, at, expires)
 
 
 def plain_value(value: Any) -> Any:
@@ -126,11 +167,22 @@ def disconnect(store: Any) -> None:
 
 
 def _is_of_a_row(error: Exception) -> bool:
-    """Whether a row's content raised this: decoding and on-demand transformations do, stores do not."""
+    """Whether a row's content may have raised this: decoding and on-demand transformations do, stores do not."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    kinds = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, DecodeError)
+    kinds = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, DecodeError, _NotComputed)
     return isinstance(error, kinds) and not isinstance(error, OSError)
+
+
+def _is_of_the_store(error: Exception) -> bool:
+    """Whether this comes from the store, whatever else was done with its rows."""
+    from redis.exceptions import RedisError
+
+    return isinstance(error, (OSError, MemoryError, sqlite3.Error, RedisError, Outage))
+
+
+def _lacking(who: str, view: str) -> str:
+    return f"{who} takes the view {view!r}, which the registry does not hold: define it in features.repo, and {APPLY}"
 
 
 class Store:
@@ -149,25 +201,25 @@ class Store:
         config = repo_config(self.settings)
         file = registry_file(config)
         if file is not None and not file.is_file():
-            raise ConfigError(f"features: there is no registry at {file}; `flink-llm features apply CONFIG` makes it")
+            raise ConfigError(f"features: there is no registry at {file}; {APPLY} makes it")
         with quiet():
             from feast import FeatureStore
             from feast.on_demand_feature_view import OnDemandFeatureView
+            from google.protobuf.message import DecodeError
 
             try:
                 store = FeatureStore(config=config)
                 views = store.list_all_feature_views()
                 services = store.list_feature_services()
             except Exception as error:
-                where = masked(str(config.registry.path))
-                raise Outage(f"the feature registry {where} cannot be read: {masked(str(error))}") from error
-        stored = {view.name: _Stored(view) for view in views if not isinstance(view, OnDemandFeatureView)}
+                if file is not None and isinstance(error, DecodeError):
+                    raise ConfigError(f"features: {file} is no registry: delete it, and {APPLY} makes it") from error
+                where, reason = masked(str(config.registry.path)), masked(" ".join(str(error).split()))
+                raise Outage(f"the feature registry {where} cannot be read: {reason}") from error
         fresh = self.settings.freshness
-        for name in fresh.keys() & stored.keys():
-            stored[name].max_age_s = fresh[name]
-        computed = {v.name: _Computed(v, stored) for v in views if isinstance(v, OnDemandFeatureView)}
-        for name in fresh.keys() & computed.keys():
-            computed[name].max_age_s = fresh[name]
+        on_demand = [view for view in views if isinstance(view, OnDemandFeatureView)]
+        stored = {v.name: _Stored(v, fresh.get(v.name)) for v in views if not isinstance(v, OnDemandFeatureView)}
+        computed = {view.name: _Computed(view, stored, fresh.get(view.name)) for view in on_demand}
         self._sources = {**stored, **computed}
         self._services = {service.name: service for service in services}
         self._store = store
@@ -199,17 +251,32 @@ class Store:
             raise ConfigError(unknown("features", name, self.views + self.services))
         parts = []
         for projection in self._services[name].feature_view_projections:
+            if projection.name not in self._sources:
+                raise ConfigError(_lacking(f"the service {name}", projection.name))
             source = self._sources[projection.name]
             keys = tuple((projection.join_key_map.get(f.name, f.name), f) for f in source.keys)
             features = tuple(field.name for field in projection.features)
             parts.append(Part(projection.name_to_use(), projection.name, keys, features, source.max_age_s))
         return TableSpec.of(name, parts)
 
-    def read(self, source: str, keys: Sequence[Key]) -> list[StoredRow | RecordError]:
+    def absent_key(self, source: str) -> Key:
+        """A key of a view that no row has."""
+        return absent_key(self._sources[source].keys)
+
+    def check(self, source: str) -> None:
+        """Looks whether a view's rows could be read now. Raises Outage."""
+        try:
+            self._meet()
+            self._sources[source].check(self._store)
+        except Exception as error:
+            raise self._outage(error) from error
+
+    def read(self, source: str, keys: Sequence[Key], *, checked: bool = False) -> list[StoredRow | RecordError]:
         """One read of the store: a row for each key, in order.
 
-        A row that cannot be decoded or computed is a RecordError in its place, and no other's. Raises
-        Outage for whatever else the store raises.
+        A row that cannot be decoded or computed is a RecordError in its place, and no other's: it is found
+        by halving, once `check` has said that it is not the store. Raises Outage for whatever else the store
+        raises.
         """
         try:
             self._meet()
@@ -220,10 +287,15 @@ class Store:
         except Exception as error:
             if not _is_of_a_row(error):
                 raise self._outage(error) from error
+            if not checked:
+                self.check(source)
             if len(keys) > 1:
-                return [row for key in keys for row in self.read(source, [key])]
+                half = len(keys) // 2
+                halves = (self.read(source, part, checked=True) for part in (keys[:half], keys[half:]))
+                return [row for rows in halves for row in rows]
             log.warning("a row of %s cannot be read", source, exc_info=True)
-            text = f"the row of {source} cannot be read: {type(error).__name__}"
+            cause = error.__cause__ if isinstance(error, _NotComputed) else error
+            text = f"the row of {source} cannot be read: {type(cause).__name__}"
             return [RecordError("missing_features", text)]
 
     def _outage(self, error: Exception) -> Outage:

@@ -71,8 +71,9 @@ class FeatureTable:
         if keys.keys() != set(spec.keys):
             raise _wrong_keys(spec, list(keys))
         asked = [(part, _key_of(part, keys)) for part in spec.parts]
-        for part in spec.parts:
-            self._client.breaker(part.source).check()
+        for part, key in asked:
+            if key is not None:
+                self._client.breaker(part.source).check()
         waiters = [self._client.enqueue(part.source, key) for part, key in asked if key is not None]
         with during("features", view=self.name):
             rows = iter(await asyncio.gather(*waiters))
@@ -107,7 +108,7 @@ def _merged(given: Mapping[str, Any], parts: list[tuple[Part, Key | None, Stored
         if key is not None:
             values.update(zip((name for name, _ in part.keys), key, strict=True))
         age = max(0.0, now - row.at) if row is not None and row.at is not None else None
-        old = age is not None and part.max_age_s is not None and age > part.max_age_s
+        old = row is not None and row.expires is not None and now > row.expires
         stale = stale or old
         held = row.values if row is not None and not old else None
         if held is None:
@@ -150,12 +151,12 @@ class FeatureClient:
         self._waiting = Waiting()
         self._serving: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
-        self._out: dict[str, tuple[float, Key]] = {}
+        self._out: dict[str, float] = {}
 
     @property
     def outage_since(self) -> float | None:
         """`clock` when the first of those views failed that have not been read since; None while all is well."""
-        return min((since for since, _ in self._out.values()), default=None)
+        return min(list(self._out.values()), default=None)  # a copy: the loop's thread may add one meanwhile
 
     def breaker(self, view: str) -> Breaker:
         """That of a view."""
@@ -239,7 +240,7 @@ class FeatureClient:
 
     def _failed(self, view: str, keys: Waiters, error: Outage) -> None:
         if view not in self._out:
-            self._out[view] = self._clock(), next(iter(keys))
+            self._out[view] = self._clock()
             log.warning("%s: %s; its reads wait until it is back", view, error)
             if self._probing is None or self._probing.done():
                 self._probing = _of_nobody(self._probe())
@@ -250,14 +251,16 @@ class FeatureClient:
     def _recovered(self, view: str) -> None:
         self.breaker(view).report(None)
         if view in self._out:
-            since, _ = self._out.pop(view)
-            log.warning("the features %s are back after %.1f s", view, self._clock() - since)
+            log.warning("the features %s are back after %.1f s", view, self._clock() - self._out.pop(view))
 
     async def _probe(self) -> None:
-        """Reads what has failed until it is back, as those who were waiting may have given up."""
+        """Reads what has failed until it is back, as those who were waiting may have given up.
+
+        By keys that no row has: one that fails for a reason of its own would hold up all others.
+        """
         while self._out:
             await asyncio.sleep(self._breakers.settings.reset_s)
             for view in self._out:
                 self.breaker(view).probing()
-            probes = [self.enqueue(view, key) for view, (_, key) in self._out.items()]
+            probes = [self.enqueue(view, self.store.absent_key(view)) for view in self._out]
             await asyncio.gather(*probes, return_exceptions=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from msgspec import Struct
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Served = TypeVar("Served", Model, Embedder, Classifier, Tagger, Reranker)
 START_RETRY_S = 1.0
 TOLD_EVERY = 15
-"""Of the failed attempts to load a model at the start, every how many is a warning in the log."""
+"""Of the failed attempts to reach a part at the start, every how many is a warning in the log."""
 
 
 class ServiceSettings(Struct, frozen=True, kw_only=True):
@@ -101,20 +101,11 @@ class RealServices:
         return earliest
 
     async def start(self) -> None:
-        """Opens the feature store and loads every model asked for; waits out an outage of the host."""
+        """Opens the feature store and loads every model asked for; waits out an outage of the registry or the host."""
         if self._features is not None:
-            await self._features.start()
+            await _insist(self._features.start, "features cannot be opened yet")
         for served in self._served.values():
-            attempt = 0
-            while True:
-                try:
-                    await served.load()
-                    break
-                except Outage as error:
-                    level = logging.DEBUG if attempt % TOLD_EVERY else logging.WARNING
-                    log.log(level, "models.%s cannot be loaded yet: %s", served.name, error)
-                    attempt += 1
-                    await asyncio.sleep(START_RETRY_S)
+            await _insist(served.load, f"models.{served.name} cannot be loaded yet")
 
     async def close(self) -> None:
         """Lets go of the engine and the feature store."""
@@ -122,3 +113,16 @@ class RealServices:
             await self._engine.close()
         if self._features is not None:
             await self._features.close()
+
+
+async def _insist(reach: Callable[[], Awaitable[Any]], otherwise: str) -> None:
+    """Tries until there is no outage."""
+    attempt = 0
+    while True:
+        try:
+            await reach()
+            return
+        except Outage as error:
+            log.log(logging.DEBUG if attempt % TOLD_EVERY else logging.WARNING, "%s: %s", otherwise, error)
+            attempt += 1
+            await asyncio.sleep(START_RETRY_S)

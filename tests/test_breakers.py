@@ -1,5 +1,7 @@
 """Circuit breakers: what fails is left alone, one call finds out when it is back."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -104,6 +106,20 @@ def test_a_part_that_probes_itself() -> None:
     view.report(None)
     view.check()
     assert breakers.outage_since is None
+
+
+def test_breakers_may_be_looked_at_while_others_are_made() -> None:
+    breakers = Breakers(BreakerSettings())
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor() as pool:
+            looking = pool.submit(lambda: {breakers.outage_since for _ in range(2_000)})
+            for number in range(2_000):
+                breakers.named(f"models.{number}")
+            assert looking.result() == {None}
+    finally:
+        sys.setswitchinterval(before)
 
 
 class Ask(msgspec.Struct):

@@ -30,6 +30,7 @@ from flink_llm.feature_settings import FeatureSettings
 from flink_llm.feature_store import disconnect
 from flink_llm.features import FeatureClient
 from flink_llm.local import demo_data
+from flink_llm.services import RealServices, ServiceSettings
 
 REPO = Path(__file__).parent.parent / "feature_repo"
 ORDERS = {row["order_id"]: row for row in demo_data.orders()}
@@ -52,9 +53,50 @@ basket = RequestSource(name="basket", schema=[Field(name="count", dtype=Int64)])
 
 @on_demand_feature_view(sources=[price, basket], schema=[Field(name="each", dtype=Int64)], mode="python")
 def share(inputs):
+    class OfItsOwn(Exception):
+        pass
+
+    errors = {-1: RuntimeError, -2: AssertionError, -3: NotImplementedError, -4: OfItsOwn, -5: ConnectionError}
+    for count in inputs["count"]:
+        if count in errors:
+            raise errors[count]("of one record")
     return {"each": [cents // count for cents, count in zip(inputs["cents"], inputs["count"])]}
 
 both = FeatureService(name="both", features=[price, twin])
+"""
+
+MIXED_REPO = """
+from datetime import timedelta
+from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
+from feast.on_demand_feature_view import on_demand_feature_view
+from feast.types import Int64, String
+
+item = Entity(name="item", join_keys=["item_id"], value_type=ValueType.INT64)
+user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING)
+batch = FileSource(name="f", path="x.parquet", timestamp_field="event_timestamp")
+source = PushSource(name="s", batch_source=batch)
+number, name = Field(name="item_id", dtype=Int64), Field(name="user_id", dtype=String)
+price = FeatureView(name="price", entities=[item], ttl=timedelta(days=30), source=source,
+    schema=[number, Field(name="cents", dtype=Int64)])
+stock = FeatureView(name="stock", entities=[item], ttl=timedelta(hours=1), source=source,
+    schema=[number, Field(name="pieces", dtype=Int64)])
+owner = FeatureView(name="owner", entities=[item], source=source, schema=[number, name])
+profile = FeatureView(name="profile", entities=[user], source=source, schema=[name, Field(name="tier", dtype=String)])
+unheld = [FeatureView(name="unheld", entities=[item], source=source, schema=[number, Field(name="n", dtype=Int64)])]
+
+@on_demand_feature_view(sources=[price, stock], schema=[Field(name="worth", dtype=Int64)], mode="python")
+def value(inputs):
+    return {"worth": [cents * pieces for cents, pieces in zip(inputs["cents"], inputs["pieces"])]}
+
+owner_first = FeatureService(name="owner_first", features=[owner, profile])
+profile_first = FeatureService(name="profile_first", features=[profile, owner])
+lost = FeatureService(name="lost", features=unheld)
+"""
+
+ON_DEMAND_OF_UNHELD = """
+@on_demand_feature_view(sources=unheld, schema=[Field(name="twice", dtype=Int64)], mode="python")
+def doubled(inputs):
+    return {"twice": [2 * n for n in inputs["n"]]}
 """
 
 
@@ -120,6 +162,17 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> FeatureSettings:
     where = FeatureSettings(repo=str(repo))
     apply_repo(where)
     write(where, "price", [{"item_id": n, "cents": n * 100} for n in range(1, 6)])
+    return where
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> FeatureSettings:
+    """A repository of views with several ttls, and of services that no table can be made of."""
+    repo = tmp_path_factory.mktemp("mixed")
+    (repo / "definitions.py").write_text(MIXED_REPO)
+    shutil.copy(REPO / "feature_store.yaml", repo)
+    where = FeatureSettings(repo=str(repo))
+    apply_repo(where)
     return where
 
 
@@ -257,7 +310,7 @@ def test_rows_from_the_future_are_young_and_warned_of_once(
     ]
 
 
-@pytest.mark.parametrize("value", [1.5, True, b"1042", ["1042"], "\ud800"])
+@pytest.mark.parametrize("value", [1.5, True, b"1042", ["1042"], "\ud800", pytest.param(10**5000, id="long int")])
 def test_a_key_of_another_type_is_the_records_fault(shop: FeatureSettings, value: Any) -> None:
     async def test(client: FeatureClient) -> None:
         with pytest.raises(RecordError, match="the key order_id must be STRING, got ") as caught:
@@ -318,6 +371,132 @@ def test_a_repository_that_is_absent_or_not_applied_is_a_config_error(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("yaml", "says"),
+    [
+        ("registry: 5", "registry is of type int; write a mapping, or its path alone"),
+        ("registry: [a]", "registry is of type list; write a mapping, or its path alone"),
+        ("online_store: 7", "online_store is of type int; write a mapping, or its type alone"),
+        (
+            "online_store: {type: redis, connection_string: 'h:1,password=${NOT_SET_AT_ALL}'}",
+            r"online_store\.connection_string: the environment variable NOT_SET_AT_ALL is not set",
+        ),
+    ],
+)
+def test_a_section_that_is_none_is_a_config_error(tmp_path: Path, yaml: str, says: str) -> None:
+    (tmp_path / "feature_store.yaml").write_text(f"project: shop\nprovider: local\n{yaml}\n")
+    with pytest.raises(ConfigError, match=says) as caught:
+        apply_repo(FeatureSettings(repo=str(tmp_path)))
+    assert "\n" not in str(caught.value) and str(tmp_path / "feature_store.yaml") in str(caught.value)
+
+
+def test_only_variables_of_what_is_read_must_be_set(shop: FeatureSettings, tmp_path: Path) -> None:
+    store = "online_store: {type: redis, connection_string: 'h:1,password=${NOT_SET_AT_ALL}'}"
+    text = (REPO / "feature_store.yaml").read_text().split("online_store:")[0]
+    text += f"{store}\noffline_store: {{type: file}}\ntags: {{by: '${{NOT_SET_AT_ALL}}'}}\n"
+    (tmp_path / "feature_store.yaml").write_text(text + "entity_key_serialization_version: 3\n")
+    file = str(Path(str(shop.state)) / "online_store.db")
+    assert describe(changed(shop, repo=str(tmp_path), online_store={"path": file})).problems == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("127.0.0.1", "its part 1 is neither HOST:PORT nor NAME=VALUE"),
+        ("redis://:hunter2@127.0.0.1:6379", "its part 1 is neither"),
+        ("127.0.0.1:port", "its part 1 is neither"),
+        ("127.0.0.1:65536", "its part 1 is neither"),
+        ("127.0.0.1:6379,password=see,hunter2", "its part 3 is neither"),
+        ("127.0.0.1:6379,password=see,hunter2=1", "the name of its part 3 is nothing that redis.Redis takes"),
+        ("127.0.0.1:6379,pasword=hunter2", "the name of its part 2 is 'pasword'; did you mean 'password'"),
+        ("password=hunter2", "it names no HOST:PORT"),
+    ],
+)
+def test_a_connection_string_that_redis_cannot_have_is_a_config_error(
+    shop: FeatureSettings, text: str, says: str
+) -> None:
+    where = changed(shop, online_store={"type": "redis", "connection_string": text})
+    for work in (describe, apply_repo):
+        with pytest.raises(ConfigError, match=rf"^features\.online_store\.connection_string: .*{says}") as caught:
+            work(where)
+        assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_raised_for_every_key_is_an_outage_and_described(shop: FeatureSettings) -> None:
+    text = "127.0.0.1:6379,socket_connect_timeout=soon"
+    where = changed(shop, online_store={"type": "redis", "connection_string": text})
+
+    async def test(client: FeatureClient) -> None:
+        with pytest.raises(Outage, match="TypeError"):
+            await client.table("order_status").get(order_id="1042")
+
+    run(test, where)
+    assert all("cannot be read: TypeError" in problem for problem in describe(where).problems)
+    assert len(describe(where).problems) == 2
+
+
+def test_a_store_of_no_type_is_sqlite(shop: FeatureSettings) -> None:
+    async def test(client: FeatureClient) -> None:
+        assert (await client.table("order_status").get(order_id="1042")).found
+
+    run(test, changed(shop, online_store={"path": "online_store.db"}))
+
+
+def test_a_file_that_is_no_registry_is_a_config_error(own_shop: FeatureSettings) -> None:
+    file = Path(str(own_shop.state)) / "registry.db"
+    file.write_bytes(b"garbage")
+    with pytest.raises(ConfigError, match=r"registry\.db is no registry: delete it, and `flink-llm features apply"):
+        describe(own_shop)
+
+
+def test_a_registry_that_is_away_at_the_start_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flink_llm.services.START_RETRY_S", 0.05)
+    here, away = tmp_path / "here", tmp_path / "away"
+    here.mkdir()
+    shutil.copytree(REPO, tmp_path / "repo", ignore=shutil.ignore_patterns("__pycache__"))
+    yaml = tmp_path / "repo" / "feature_store.yaml"
+    registry = f"registry:\n  registry_type: sql\n  path: sqlite:///{here}/registry.db"
+    yaml.write_text(yaml.read_text().replace("registry:\n  path: data/registry.db", registry))
+    where = FeatureSettings(repo=str(tmp_path / "repo"))
+    apply_repo(where)
+    here.rename(away)
+
+    async def main() -> None:
+        services = RealServices(ServiceSettings(features=where))
+        orders = services.features("order_status")
+        starting = asyncio.create_task(services.start())
+        await until(lambda: starting.done() or "features cannot be opened yet" in caplog.text, 60)
+        assert not starting.done()
+        away.rename(here)
+        await starting
+        assert not (await orders.get(order_id="1042")).found
+        await services.close()
+
+    asyncio.run(main())
+
+
+def test_an_outage_may_be_asked_for_by_any_thread(shop: FeatureSettings) -> None:
+    async def test(client: FeatureClient) -> None:
+        loop = asyncio.get_running_loop()
+        asking = loop.run_in_executor(None, lambda: [client.outage_since for _ in range(20_000)])
+        while not asking.done():
+            for number in range(300):
+                client._failed(f"view {number}", {(number,): []}, Outage("gone"))
+            for number in range(300):
+                client._recovered(f"view {number}")
+            await asyncio.sleep(0)
+        await asking
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        run(test, shop, breakers=Breakers(BreakerSettings(failures=0, reset_s=3600.0)))
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_a_store_that_is_gone_is_an_outage_until_it_is_back(own_shop: FeatureSettings) -> None:
     file = Path(str(own_shop.state)) / "online_store.db"
 
@@ -366,6 +545,7 @@ def test_a_view_that_is_gone_is_an_outage_of_its_own(
         assert breaker.level > 0 and client.breaker("customer_profile").level == 0
         with pytest.raises(CircuitOpen, match=r"features\.order_status has failed 3 times"):
             await orders.get(order_id="1042")
+        assert (await client.table("support_chat").get(user_id="user-1", order_id=None))["first_name"]
         rename("away", "order_status")
         await until(lambda: client.outage_since is None)
         assert (await orders.get(order_id="1042")).found
@@ -501,6 +681,126 @@ def test_an_on_demand_view_is_computed_for_each_row_alone(computed: FeatureSetti
 
     run(later, computed, now=lambda: time.time() + 7200)
     run(later, changed(computed, freshness={"price": 5.0}), now=lambda: time.time() + 600)
+
+
+def test_one_record_that_cannot_be_computed_holds_up_no_other(
+    computed: FeatureSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(client: FeatureClient) -> None:
+        share = client.table("share")
+        for count, kind in {-1: "RuntimeError", -2: "Assertion", -3: "NotImplemented", -4: "OfItsOwn"}.items():
+            one, other = await asyncio.gather(
+                share.get(item_id=3, count=2), share.get(item_id=4, count=count), return_exceptions=True
+            )
+            assert isinstance(one, FeatureRow) and one["each"] == 150
+            assert isinstance(other, RecordError) and other.code == "missing_features" and kind in str(other)
+        assert client.outage_since is None
+        with pytest.raises(Outage, match="of one record"):
+            await share.get(item_id=4, count=-5)
+        assert client.outage_since is not None
+        await until(lambda: client.outage_since is None)
+        assert (await share.get(item_id=3, count=3))["each"] == 100
+
+    run(test, computed, breakers=Breakers(BreakerSettings(failures=1, reset_s=0.05)))
+
+
+def test_a_row_that_cannot_be_decoded_fails_alone(own_shop: FeatureSettings) -> None:
+    file = Path(str(own_shop.state)) / "online_store.db"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute(
+            "UPDATE shop_order_status SET value = X'FF' WHERE rowid = (SELECT MAX(rowid) FROM shop_order_status)"
+        )
+
+    async def test(client: FeatureClient) -> None:
+        orders = client.table("order_status")
+        rows = await asyncio.gather(*(orders.get(order_id=number) for number in ORDERS), return_exceptions=True)
+        failed = [row for row in rows if not isinstance(row, FeatureRow)]
+        assert [str(error) for error in failed] == ["the row of order_status cannot be read: DecodeError"]
+        assert isinstance(failed[0], RecordError) and client.outage_since is None
+
+    run(test, own_shop)
+
+
+def test_a_registry_that_goes_bad_while_a_job_runs_is_an_outage(computed: FeatureSettings, tmp_path: Path) -> None:
+    shutil.copytree(computed.repo, tmp_path / "repo")
+
+    async def test(client: FeatureClient) -> None:
+        share = client.table("share")
+        assert (await share.get(item_id=3, count=2)).found
+        (tmp_path / "repo" / "data" / "registry.db").write_bytes(b"garbage")
+        client.store._store.registry.cached_registry_proto_created = None  # as after its time to live
+        with pytest.raises(Outage, match="DecodeError"):
+            await share.get(item_id=3, count=2)
+
+    run(test, changed(computed, repo=str(tmp_path / "repo")))
+
+
+def test_a_row_that_cannot_be_computed_is_found_by_halving(computed: FeatureSettings) -> None:
+    async def test(client: FeatureClient) -> None:
+        share = client.table("share")
+        await client.start()
+        sizes = counted(client)
+        rows = await asyncio.gather(*(share.get(item_id=3, count=n) for n in range(64)), return_exceptions=True)
+        assert isinstance(rows[0], RecordError)
+        assert [row["each"] for row in rows[1:] if isinstance(row, FeatureRow)] == [300 // n for n in range(1, 64)]
+        assert len(sizes) < 40
+
+    run(test, changed(computed, batch_window_ms=20))
+
+
+def test_a_computed_row_is_as_old_as_its_oldest_source_and_expires_with_the_first(mixed: FeatureSettings) -> None:
+    write(mixed, "price", [{"item_id": 1, "cents": 50}], datetime.now(UTC) - timedelta(days=1))
+    write(mixed, "stock", [{"item_id": 1, "pieces": 3}])
+
+    async def young(client: FeatureClient) -> None:
+        row = await client.table("value").get(item_id=1)
+        assert (row["worth"], row.found, row.stale) == (150, True, False)
+        assert row.age_s is not None and row.age_s > 86_000
+
+    async def old(client: FeatureClient) -> None:
+        row = await client.table("value").get(item_id=1)
+        assert (row["worth"], row.found, row.stale) == (None, False, True)
+
+    run(young, mixed)
+    run(old, mixed, now=lambda: time.time() + 7200)
+    run(old, changed(mixed, freshness={"value": 3600.0}))
+    run(young, changed(mixed, freshness={"value": 1e6}), now=lambda: time.time() + 7200)
+
+
+@pytest.mark.parametrize(
+    ("service", "says"),
+    [
+        ("owner_first", "the feature user_id of owner is named like a key"),
+        ("profile_first", "the feature user_id of owner is named like a key"),
+        ("lost", "the service lost takes the view 'unheld', which the registry does not hold"),
+    ],
+)
+def test_a_service_that_no_table_can_be_made_of_is_a_config_error(
+    mixed: FeatureSettings, service: str, says: str
+) -> None:
+    async def test(client: FeatureClient) -> None:
+        client.table(service)
+        with pytest.raises(ConfigError, match=says):
+            await client.start()
+
+    run(test, mixed)
+    assert any(says in problem for problem in describe(mixed).problems)
+
+
+def test_an_on_demand_view_of_one_that_is_not_registered_is_a_config_error(
+    mixed: FeatureSettings, tmp_path: Path
+) -> None:
+    shutil.copytree(mixed.repo, tmp_path / "repo")
+    (tmp_path / "repo" / "definitions.py").write_text(MIXED_REPO + ON_DEMAND_OF_UNHELD)
+    where = FeatureSettings(repo=str(tmp_path / "repo"))
+    apply_repo(where)
+    with pytest.raises(ConfigError, match="the on-demand view doubled takes the view 'unheld'"):
+        describe(where)
+
+
+def test_the_demos_rows_need_the_demos_views(computed: FeatureSettings) -> None:
+    with pytest.raises(ConfigError, match="lacks the demo's views customer_profile, order_status"):
+        fill_demo(computed)
 
 
 def test_a_service_with_two_features_of_one_name_is_refused(computed: FeatureSettings) -> None:
