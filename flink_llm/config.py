@@ -159,7 +159,7 @@ def parse(raw: dict[str, Any], folder: Path) -> JobConfig:
     _check_flink(config.flink)
     _check_sizes(config)
     addresses(config.kafka)
-    check_properties(config.kafka, exactly_once=config.flink.delivery == "exactly_once")
+    check_properties(config.kafka)
     resolve_device(config.host.device)
     _check_host(config)
     for name in config.models:

@@ -6,18 +6,23 @@ own DataStream classes give the value only, and a null value restarts the job fo
 """
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+from py4j.protocol import Py4JJavaError
 from pyflink.common import Types, WatermarkStrategy
 from pyflink.datastream import DataStream
+from pyflink.java_gateway import get_gateway
 from pyflink.table import DataTypes, Schema, StreamTableEnvironment
 from pyflink.table.types import DataType
 
 from flink_llm import environment
 from flink_llm.errors import ConfigError
 from flink_llm.kafka_settings import DEFAULT_GROUP, KafkaSettings, check_properties, check_transaction_timeout
+from flink_llm.secrets import masked
 
 Delivery = Literal["at_least_once", "exactly_once"]
 Start = Literal["earliest", "latest", "committed"]
@@ -34,6 +39,8 @@ OUTBOUND = Types.ROW_NAMED(["key", "value", "headers", "topic"], [_BYTES, _BYTES
 """A record to write. `topic` null means the sink's first topic."""
 
 _names = itertools.count()
+_NAMES_A_CLASS = re.compile(r"class(es)?$|reporters$|strategy$")
+"""Properties whose values may be known to the tasks only."""
 IDLE_S = 10
 DISCOVERY_S = 30
 """How soon a partition that was added to a topic is read, seconds."""
@@ -62,7 +69,6 @@ def source(
     """
     if not topics:
         raise ConfigError(f"{uid}: a source needs at least one topic")
-    check_properties(settings)
     options = {
         "connector": "kafka",
         "topic": ";".join(topics),
@@ -80,6 +86,7 @@ def source(
     }
     if bounded:
         options["scan.bounded.mode"] = "latest-offset"
+    _check_client("consumer.ConsumerConfig", "Deserializer", options)
     name = _create(
         tables,
         uid,
@@ -121,7 +128,6 @@ def sink(
     if not topics:
         raise ConfigError(f"{uid}: a sink needs at least one topic")
     _check_rows(stream, uid)
-    check_properties(settings, exactly_once=delivery == "exactly_once")
     options = {
         "connector": "kafka",
         "topic": ";".join(topics),
@@ -145,6 +151,7 @@ def sink(
             "sink.transactional-id-prefix": transactions_of(transactions or settings.group or DEFAULT_GROUP, uid),
             "properties.transaction.timeout.ms": str(settings.transaction_timeout_ms),
         }
+    _check_client("producer.ProducerConfig", "Serializer", options)
     columns = """`key` BYTES, `value` BYTES, `headers` MAP<STRING NOT NULL, BYTES> METADATA,
                  `time` TIMESTAMP_LTZ(3) METADATA FROM 'timestamp'"""
     selected = f"`key`, `value`, `headers`, {_TIME}"
@@ -205,7 +212,31 @@ def _check_rows(stream: DataStream, uid: str) -> None:
         )
 
 
+def _check_client(config: str, coder: str, options: Mapping[str, str]) -> None:
+    """Has Flink's own client look at its properties, where it is at hand. Raises ConfigError.
+
+    A client that is made by a task only would start the job again and again.
+    """
+    java = get_gateway().jvm.java.util.HashMap()
+    for name, value in options.items():
+        if name.startswith("properties.") and not _NAMES_A_CLASS.search(name):
+            java[name.removeprefix("properties.")] = value
+    if "sink.transactional-id-prefix" in options:
+        java["transactional.id"] = options["sink.transactional-id-prefix"]
+        java.putIfAbsent("enable.idempotence", "true")  # it is, and said so names what else does not fit
+    for root in ("org.apache.flink.kafka.shaded.org.apache.kafka", "org.apache.kafka"):
+        for part in ("key", "value"):
+            java[f"{part}.{coder.lower()}"] = f"{root}.common.serialization.ByteArray{coder}"
+        try:
+            functools.reduce(getattr, f"{root}.clients.{config}".split("."), get_gateway().jvm)(java)
+        except TypeError:  # there is no such class here
+            continue
+        except Py4JJavaError as error:
+            raise ConfigError(f"kafka.properties: {masked(error.java_exception.getMessage())}") from None
+
+
 def _connection(settings: KafkaSettings) -> dict[str, str]:
+    check_properties(settings)
     passed = {f"properties.{name}": value for name, value in settings.properties.items()}
     return {**passed, "properties.bootstrap.servers": settings.bootstrap_servers}
 

@@ -66,19 +66,17 @@ def addresses(settings: KafkaSettings) -> list[tuple[str, int]]:
     return found
 
 
-def check_properties(settings: KafkaSettings, *, exactly_once: bool = False) -> None:
-    """Raises ConfigError for a property that would start a job again and again, or go unheard."""
+def check_properties(settings: KafkaSettings) -> None:
+    """Raises ConfigError for a property that would go unheard; the values of others are Flink's client's to judge."""
     given = settings.properties
     for name, key in _NAMED_TWICE.items():
         if name in given:
             raise ConfigError(f"kafka.properties.{name}: say {key} instead")
     protocol = given.get("security.protocol", "PLAINTEXT")
     if protocol.upper() not in _PROTOCOLS:
-        raise ConfigError(unknown("kafka.properties.security.protocol", protocol, _PROTOCOLS))
-    if exactly_once and given.get("acks", "all") not in ("all", "-1"):
-        raise ConfigError(f"kafka.properties.acks is {given['acks']!r}: exactly once takes all, or leave it out")
-    if exactly_once and given.get("enable.idempotence", "true").lower() != "true":
-        raise ConfigError("kafka.properties.enable.idempotence: exactly once takes true, or leave it out")
+        raise ConfigError(
+            unknown("kafka.properties.security.protocol", protocol, _PROTOCOLS)
+        )  # Python's takes it for none
 
 
 def beyond_this_client(settings: KafkaSettings) -> str | None:

@@ -213,20 +213,13 @@ def test_secrets_are_masked_whole():
     ("properties", "said"),
     [
         ({"security.protocol": "SASLSSL"}, "did you mean 'SASL_SSL'?"),
-        ({"acks": "1"}, "exactly once takes all"),
-        ({"enable.idempotence": "false"}, "exactly once takes true"),
         ({"group.id": "chat"}, "say kafka.group instead"),
         ({"max.request.size": "²"}, "max.request.size ²"),
     ],
 )
 def test_what_kafkas_client_would_not_take_is_refused_before_the_start(properties, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        parse({**GOOD, "flink": {"delivery": "exactly_once"}, "kafka": {"properties": properties}}, Path())
-
-
-def test_without_transactions_one_acknowledgement_may_do():
-    raw = {**GOOD, "kafka": {"properties": {"acks": 1}}, "flink": {"delivery": "at_least_once"}}
-    assert parse(raw, Path()).kafka.properties == {"acks": "1"}
+        parse({**GOOD, "kafka": {"properties": properties}}, Path())
 
 
 def test_what_the_operator_lets_through_must_be_what_the_producer_takes():

@@ -166,6 +166,31 @@ def test_a_sink_says_which_type_it_takes(broker):
         kafka.sink(environment.tables(env), words, settings, ["t"], uid="words")
 
 
+@pytest.mark.parametrize(
+    ("properties", "said"),
+    [
+        ({"fetch.min.bytes": "many"}, r"Invalid value many for configuration fetch\.min\.bytes"),
+        ({"acks": "1"}, "Must set acks to all"),
+        ({"linger.ms": "-1"}, r"linger\.ms"),
+    ],
+)
+def test_what_flinks_client_would_not_take_is_refused_before_the_start(broker, properties, said):
+    env = environment.environment()
+    tables = environment.tables(env)
+    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, properties=properties)
+    with pytest.raises(ConfigError, match=rf"^kafka\.properties: .*{said}"):
+        rows = kafka.source(tables, settings, ["t"], uid="in")
+        kafka.sink(tables, rows, settings, ["t"], uid="out", delivery="exactly_once")
+
+
+def test_classes_that_only_tasks_know_and_one_acknowledgement_without_transactions_refuse_nothing(broker):
+    env = environment.environment()
+    tables = environment.tables(env)
+    given = {"acks": "1", "sasl.client.callback.handler.class": "of.a.Jar"}
+    settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, properties=given)
+    kafka.sink(tables, kafka.source(tables, settings, ["t"], uid="in"), settings, ["t"], uid="out")
+
+
 def test_a_transaction_longer_than_the_brokers_maximum_is_refused(broker):
     env = environment.environment()
     rows = env.from_collection([Row(b"k", b"v", {}, None)], kafka.OUTBOUND)
