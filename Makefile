@@ -5,6 +5,7 @@ UV := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 # What no worker imports. The rest is compiled once, not by each process that starts: a Flink worker is up in half the time.
 UNUSED := /(torch|triton|nvidia|sympy|onnxscript|scipy|sklearn|tests?)/
 .DEFAULT_GOAL := help
+.NOTPARALLEL: # what the system lacks comes first
 .PHONY: help setup setup-dev bench-setup system demo test test-all check format bench chaos train-demo clean
 
 help: ## print this
@@ -52,7 +53,7 @@ test-all: setup-dev ## the tests, the slow ones included
 
 check: setup-dev ## lint, types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@mkdir -p build/typed/flink_llm && ln -sfn $(CURDIR)/flink_llm/* $(CURDIR)/udfs $(CURDIR)/jobs build/typed/flink_llm/
+	@mkdir -p build/typed/flink_llm && ln -sfn "$(CURDIR)"/flink_llm/* "$(CURDIR)/udfs" "$(CURDIR)/jobs" build/typed/flink_llm/
 	@cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 format: setup-dev ## format the code

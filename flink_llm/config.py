@@ -168,12 +168,16 @@ def parse(raw: dict[str, Any], folder: Path) -> JobConfig:
 
 
 def _check_topics(topics: Topics) -> None:
+    kinds: dict[str, str] = {}
     for number, name in enumerate(topics.requests):
         check_topic(f"topics.requests[{number}]", name)
     for key, name in topics.written().items():
         check_topic(f"topics.{key}", name)
         if name in topics.requests:
             raise ConfigError(f"topics.{key} is {name!r}, a topic of requests: the job would read what it writes")
+        other = kinds.setdefault(name, key)
+        if {other, key} & {"tokens", "failures"} and other != key:
+            raise ConfigError(f"topics.{key} is {name!r}, as topics.{other} is: no reader could tell the two apart")
 
 
 def _check_chat(config: JobConfig) -> None:

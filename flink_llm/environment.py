@@ -16,7 +16,7 @@ from pyflink.datastream import CheckpointingMode, StreamExecutionEnvironment
 from pyflink.java_gateway import get_gateway
 
 from flink_llm import reporters
-from flink_llm.errors import ConfigError
+from flink_llm.errors import ConfigError, LocalError
 from flink_llm.flink_settings import FlinkSettings
 from flink_llm.gateway import one_java_thread
 from flink_llm.local import failures, jars, processes
@@ -134,6 +134,8 @@ def environment(properties: dict[str, str] | None = None, *, kafka: bool = True)
     local = not submitted()
     if local:
         reporters.to_class_path(properties or {})
+        if any(character.isspace() for character in sys.executable):  # its script does not quote
+            raise LocalError(f"{sys.executable}: Flink starts no Python at a path with a space: move it, .venv and all")
         jars.java()  # a Configuration is an object of Flink's, and starts Java
         os.environ.setdefault("JVM_ARGS", " ".join(jars.OPTIONS))
     configuration = Configuration()

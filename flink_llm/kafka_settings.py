@@ -101,10 +101,11 @@ def client_options(settings: KafkaSettings) -> dict[str, Any]:
     See `beyond_this_client` for what it does not. Raises ConfigError for a certificate that cannot be read.
     """
     given = settings.properties
-    options: dict[str, Any] = {"bootstrap_servers": settings.bootstrap_servers.split(","), **_login(given)}
+    servers = [server.strip() for server in settings.bootstrap_servers.split(",")]
+    options: dict[str, Any] = {"bootstrap_servers": servers, **_login(given)}
     for name in ("security.protocol", "sasl.mechanism"):
         if name in given:
-            options[name.replace(".", "_")] = given[name]
+            options[name.replace(".", "_")] = given[name].upper()
     if given.get("security.protocol", "").upper().endswith("SSL"):
         options["ssl_context"] = _ssl_context(given)
     return options

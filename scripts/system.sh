@@ -5,7 +5,9 @@ set -eu
 oldest=17
 
 lacks_java() {
-  version=$(java -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p' | head -n 1)
+  java=${JAVA_HOME:+$JAVA_HOME/bin/}java # as the library looks for it
+  command -v "$java" >/dev/null 2>&1 || java=java
+  version=$("$java" -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p' | head -n 1)
   [ "${version:-0}" -lt "$oldest" ]
 }
 lacks_venv() { # Debian's Python has the module venv and lacks the ensurepip that it calls
@@ -28,7 +30,7 @@ for each in $wanted; do
   case $each in
     java)
       each=openjdk-17-jre-headless
-      if [ -z "$(apt-cache show "$each" 2>/dev/null)" ]; then each=openjdk-21-jre-headless; fi ;;
+      if [ -z "$(apt-cache show "$each" 2>/dev/null)" ]; then each=default-jre-headless; fi ;;
     venv) each=$("$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])') ;;
   esac
   packages="$packages $each"

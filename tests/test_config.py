@@ -65,6 +65,7 @@ def test_the_shipped_configuration_is_valid():
         ({"topics": {"requests": ["a b"]}}, "topics.requests[0]: no broker takes 'a b'"),
         ({"topics": {"tokens": ".."}}, "topics.tokens: no broker takes '..'"),
         ({"topics": {"failures": "chat.requests"}}, "topics.failures is 'chat.requests', a topic of requests"),
+        ({"topics": {"failures": "a", "tokens": "a"}}, "topics.failures is 'a', as topics.tokens is"),
         (
             {"topics": {"reply_to": ["x", "chat.requests"]}},
             "topics.reply_to[1] is 'chat.requests', a topic of requests",

@@ -7,9 +7,14 @@ import pytest
 
 from flink_llm.config import parse
 from flink_llm.errors import ConfigError, LocalError
-from flink_llm.local import demo, demo_job, processes
+from flink_llm.local import demo, demo_job, processes, talk
 from flink_llm.local.demo_table import Tally
 from flink_llm.local.talk import Talk, ask
+
+
+@pytest.mark.parametrize("data", [None, b"", b"no JSON", b"[1]", b'"a"', b"\xff", b"[" * 100_000])
+def test_what_others_write_to_the_topics_is_no_outcome(data):
+    assert talk._object(data) is None
 
 
 class Scripted(demo.Demo):

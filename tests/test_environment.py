@@ -18,6 +18,13 @@ def test_a_checkpoint_folder_may_be_a_url(given, uri):
     assert environment._uri(given) == uri
 
 
+def test_a_python_that_flinks_script_cannot_start_is_refused(monkeypatch):
+    monkeypatch.delenv("PYFLINK_GATEWAY_PORT", raising=False)
+    monkeypatch.setattr(environment.sys, "executable", "/home/a b/.venv/bin/python")
+    with pytest.raises(LocalError, match="at a path with a space"):
+        environment.environment()
+
+
 def test_a_missing_java_is_one_line(monkeypatch, tmp_path):
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.delenv("PYFLINK_GATEWAY_PORT", raising=False)

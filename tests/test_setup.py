@@ -43,11 +43,21 @@ def test_a_system_without_apt_gets_a_hint_of_its_own(machine, there):
     assert ran.stderr.startswith("missing: java. Install Java 17 or later") and "apt" not in ran.stderr
 
 
-@pytest.mark.parametrize(("known", "package"), [("17", "openjdk-17"), ("21", "openjdk-21")])
+@pytest.mark.parametrize(("known", "package"), [("17", "openjdk-17"), ("21", "default")])
 def test_root_installs_the_java_that_this_release_has(machine, known, package):
     cache = f'case "$2" in openjdk-{known}-*) echo yes;; esac'
     ran = system(machine(id="echo 0", apt_get="exit 0", apt_cache=cache, mvn="exit 0"))
     assert (ran.returncode, ran.stdout) == (0, f"installing {package}-jre-headless ...\n")
+
+
+def test_the_java_of_java_home_goes_first(machine, tmp_path):
+    environ = machine(java=JAVA.format(11), mvn="exit 0")
+    home = tmp_path / "jdk" / "bin"
+    home.mkdir(parents=True)
+    (home / "java").write_text(f"#!{shutil.which('sh')}\n{JAVA.format(17)}\n")
+    (home / "java").chmod(0o755)
+    assert system({**environ, "JAVA_HOME": str(home.parent)}).returncode == 0
+    assert system({**environ, "JAVA_HOME": "/nowhere"}).returncode == 1
 
 
 def test_others_are_told_the_command(machine):

@@ -98,6 +98,12 @@ def job(name: str) -> ModuleType:
     return module  # type: ignore[no-any-return]
 
 
+def distribution_of(job: str) -> str:
+    """The name of what an installed job came with."""
+    [entry] = entry_points(group="flink_llm.jobs", name=job)
+    return entry.dist.name if entry.dist is not None else "flink-llm"
+
+
 def python() -> str:
     """This interpreter's version."""
     version = ".".join(map(str, sys.version_info[:3]))

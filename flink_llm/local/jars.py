@@ -35,7 +35,7 @@ COMPLETE = ".complete"
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Where downloads are kept between runs."""
     chosen = environ.get("FLINK_LLM_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "flink-llm"
+    return Path(chosen).absolute() if chosen else Path.home() / ".cache" / "flink-llm"
 
 
 def program(name: str) -> str:

@@ -57,7 +57,8 @@ def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ, flavou
     models = {name: versions(path) for name, path in checks.served(settings).items()}
     moved = _moved(config, settings)
     more = [] if settings.telemetry.traces is None else ["otel"]
-    needed = requirements(flavour or checks.FLAVOURS[checks.flavour()], *more)
+    of_job = checks.distribution_of(settings.job)
+    needed = requirements(flavour or checks.FLAVOURS[checks.flavour()], *more, job=of_job)
     jar = jars.connector_jar()
     if to.exists():
         raise LocalError(f"{to} exists already: choose another folder, or remove it")
@@ -77,7 +78,7 @@ def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ, flavou
             secrets = list(literal(moved))
             file = made / "config.yaml"
             file.touch(0o600 if secrets else 0o666)
-            file.write_text(yaml.safe_dump(moved, sort_keys=False, allow_unicode=True))
+            file.write_text(yaml.safe_dump(moved, sort_keys=False, allow_unicode=True), encoding="utf-8")
             made.rename(to)
     except OSError as error:
         raise LocalError(f"{to} cannot be written: {error.strerror or error}") from error
@@ -86,6 +87,8 @@ def pack(config: Path, to: Path, environ: Mapping[str, str] = os.environ, flavou
 
 def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], needed: list[str]) -> Packed:
     script = None if shutil.which("flink") else cluster.flink_script()
+    of_job = checks.distribution_of(settings.job)
+    yours = [needed[0], *(line for line in needed[1:] if line.startswith(f"{canonicalize_name(of_job)}=="))]
     python = sys.executable
     line = [
         script or "flink", "run", "-d", "-j", str(to / jar),
@@ -95,8 +98,8 @@ def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], need
         f"{to} holds the connector jar, job.py, config.yaml, requirements.txt{', models' if settings.models else ''}"
         f"{', feature_repo' if (to / 'feature_repo').exists() else ''}; every task manager reads it at this path",
         f"Python must be at {python} on every task manager: python -m venv FOLDER, then FOLDER/bin/pip install -r "
-        f"requirements.txt ({needed[0]} from an index or a wheel of yours); or pack that FOLDER's content as venv.zip "
-        f"and submit with `-pyarch venv.zip -pyexec venv.zip/bin/python` instead",
+        f"requirements.txt ({' and '.join(yours)} from an index or a wheel of yours); or pack that FOLDER's content "
+        f"as venv.zip and submit with `-pyarch venv.zip -pyexec venv.zip/bin/python` instead",
     ]
     [runtime] = [line for line in needed if Requirement(line).name in checks.FLAVOURS]
     kept = "the one that is installed here" if "==" in runtime else "which is not installed here, and not pinned"
@@ -116,15 +119,15 @@ def _described(to: Path, jar: str, settings: JobConfig, secrets: list[str], need
     return Packed(shlex.join(line), notes)
 
 
-def requirements(*extras: str) -> list[str]:
-    """Pinned lines for flink-llm with these extras and all they need, as they are installed here.
+def requirements(*extras: str, job: str = "flink-llm") -> list[str]:
+    """Pinned lines for flink-llm with these extras, the distribution of the job, and all they need, as installed here.
 
     The ONNX Runtime of the other flavour cannot be installed beside this one's, and is not pinned.
     """
     pinned: dict[str, str] = {}
     loose: list[str] = []
     own = f"flink-llm[{','.join(extras)}]"
-    wanted = [Requirement(own)]
+    wanted = [Requirement(own), Requirement(job)]
     seen = set()
     while wanted:
         each = wanted.pop()

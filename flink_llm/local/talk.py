@@ -103,8 +103,10 @@ class Talk:
                 found, key=lambda each: each.topic != self._topics.tokens
             ):  # before the reply they belong to
                 for record in found[partition]:
-                    deadline = time.monotonic() + patience
-                    yield record.topic, json.loads(record.value)
+                    value = _object(record.value)
+                    if value is not None:
+                        deadline = time.monotonic() + patience
+                        yield record.topic, value
 
     def show(self, wanted: str, patience: float, begins: Callable[[], None] = lambda: None) -> int | None:
         """Prints a reply while its tokens arrive; how many came before it was whole.
@@ -144,3 +146,12 @@ class Talk:
                         self._console.print(SILENCE.format(patience))
                 except Unanswered as error:
                     self._console.print(str(error), markup=False)
+
+
+def _object(data: bytes | None) -> dict[str, Any] | None:
+    """A record's JSON object; None for what others may have written to the topic."""
+    try:
+        value = json.loads(data or b"null")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
