@@ -136,7 +136,7 @@ class ChatResponse(Record, frozen=True, kw_only=True):
     """The answer on `chat.responses`.
 
     `text` is what a user is shown; `masked` names what a filter has replaced in it ("email",
-    "card"), and is empty when `text` is the generated text unchanged. `features` are the values the
+    "card"), and is empty when `text` is the generated text, without space at its ends. `features` are the values the
     prompt was grounded in, `feature_age_s` the age in seconds of the oldest of them. `logprobs` has a
     `Logprob` for each generated token where the request asked for them and nothing was masked.
     """

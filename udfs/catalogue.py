@@ -71,7 +71,7 @@ class Generate(AsyncUdf):
                 said.clear()
             await self._say(ctx, token, masker.add(token.text), said)
         last = TokenRecord(request_id=request.request_id, generation_id=reply.generation_id, sequence=0, text="")
-        await self._say(ctx, last, masker.finish(), said)
+        await self._say(ctx, last, masker.finish(cut=reply.finish_reason != "stop" or bool(request.stop)), said)
         timings = msgspec.structs.replace(reply.timings, total_ms=(time.monotonic() - began) * 1000)
         return msgspec.structs.replace(
             reply.response,

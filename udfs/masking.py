@@ -1,19 +1,47 @@
-"""What a reply must not show: e-mail addresses and card numbers, masked while the reply streams."""
+"""What a reply must not show: e-mail addresses and card numbers, masked while the reply streams.
 
-import itertools
-import re
-from collections.abc import Sequence
-
-_EMAIL = re.compile(r"[\w.+-]++(@[\w-]+(?:\.[\w-]+)+)?")
-"""A word, and what makes it an address: the words that are none are not looked at from each of their letters."""
-_NUMBER = re.compile(r"\d(?:[ -]*\d){12,}")
-_GROUP = re.compile(r"\d+")
-_GROWING = re.compile(r"\s*\S*(?:[\d -]*\d)?")
-"""The end of a text that its next piece may still change: a number in groups, a word, white space.
-
-It is read backwards: forwards, each digit of a long number would be a start to try.
+A filter for each kind takes text by pieces and gives back what is certain: what it holds back is what the next
+piece may still change, some hundred characters at most.
 """
-_CARD_DIGITS = range(13, 20)
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+_LATIN = r"A-Za-z0-9\u00aa\u00b5\u00ba\u00c0-\u024f\u0300-\u036f\u1e00-\u1eff"
+_UNSEEN = r"\u00ad\u200b-\u200d"  # soft hyphens and spaces of no width, which an address is no less one with
+_PUNCTUATION = r"\u00a1-\u00bf\u2010-\u206f\u2190-\u2bff\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff65"
+_LETTERS = rf"[{_LATIN}{_UNSEEN}-]"
+_OTHERS = rf"[^\s\x00-\x2c\x2e\x2f\x3a-\x7f{_PUNCTUATION}]"  # of any other script, with digits and hyphens
+_LABEL = rf"(?:{_LETTERS}{{1,63}}+|{_OTHERS}{{1,63}}+)"
+_WORD = rf"(?:[{_LATIN}{_UNSEEN}.!#$%'*+^_`{{|}}~-]|[^\s\x00-\x7f{_PUNCTUATION}])"
+_AT = re.compile("[@\uff20\ufe6b]")
+_LOCAL = [re.compile(rf"[{_LATIN}{_UNSEEN}.!#$%'*+^_`{{|}}~-]{{0,64}}"), re.compile(rf"(?:{_OTHERS}|[.+_]){{0,64}}")]
+"""RFC 5322's dot-atom without slash, equals, question mark and ampersand, of any script; RFC 5321's length."""
+_DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL}){{1,8}}")
+_GROWING = re.compile(rf"{_WORD}{{0,575}}{_AT.pattern}{_WORD}{{1,64}}|{_WORD}{{0,64}}")
+"""The end of a text, read backwards, that may be an address or become one."""
+_CUT = re.compile(rf"{_WORD}{{1,64}}{_AT.pattern}{_WORD}*$")
+
+_DIGIT = re.compile(r"\d")
+_ITEM = re.compile(r"([\W_]*)(\d*)")
+_BETWEEN = 5
+"""Characters between two groups of a number."""
+_LOOSE = frozenset(" -")
+_SHAPES = [(4, 4, 4, 4), (4, 4, 4, 4, 3), (4, 6, 5), (4, 6, 4), (4, 4, 5)]
+"""Groups that cards are written in: behind others than spaces and hyphens, no other run of groups is one."""
+_FEWEST, _MOST = 13, 19
+_TELLS = 8
+"""Digits of a card that was cut short from which on it is not shown."""
+_NO_ISSUER = frozenset("017")
+
+
+class _Filter(Protocol):
+    def add(self, text: str) -> str:
+        """The next piece; gives what it makes certain."""
+
+    def finish(self, cut: bool) -> str:
+        """What was held back; `cut`: the text might have gone on."""
 
 
 class Masker:
@@ -23,49 +51,34 @@ class Masker:
     """
 
     def __init__(self, kinds: Sequence[str]) -> None:
-        self._kinds = kinds
-        self._held = ""
-        self._begun = False
         self.found: list[str] = []
+        made: dict[str, Callable[[], _Filter]] = {
+            "email": lambda: _Addresses(lambda: self._note("email", "[e-mail]")),
+            "card": lambda: _Cards(lambda: self._note("card", "[card]")),
+        }
+        self._filters = [make() for kind, make in made.items() if kind in kinds]
+        self._space = ""
+        self._begun = False
 
     def add(self, text: str) -> str:
         """The next piece; gives what it makes certain."""
-        self._held += text
-        if not self._begun:
-            self._held = self._held.lstrip()
-            self._begun = bool(self._held)
-        certain = len(self._held[: _growing_from(self._held)].rstrip())
-        ready, self._held = self._held[:certain], self._held[certain:]
-        return self._masked(ready)
+        for each in self._filters:
+            text = each.add(text)
+        return self._trimmed(text)
 
-    def finish(self) -> str:
-        """What was held back."""
-        ready, self._held = self._held.rstrip(), ""
-        return self._masked(ready)
+    def finish(self, *, cut: bool = False) -> str:
+        """What was held back. `cut`: the text was not at its end, and what may have become a secret is none to show."""
+        text = ""
+        for each in self._filters:
+            text = each.add(text) + each.finish(cut)
+        return self._trimmed(text)
 
-    def _masked(self, text: str) -> str:
-        if "email" in self._kinds:
-            text = _EMAIL.sub(lambda word: self._note("email", "[e-mail]") if word[1] else word[0], text)
-        if "card" in self._kinds:
-            text = _NUMBER.sub(lambda number: self._without_cards(number[0]), text)
-        return text
-
-    def _without_cards(self, number: str) -> str:
-        """A number in groups; from its left on, the longest run of groups that is a card's is masked.
-
-        The model decides how many groups there are, and the event loop waits: a group begins at most as many
-        runs as a card may have lengths.
-        """
-        groups = list(_GROUP.finditer(number))
-        shown, kept, first = "", 0, 0
-        while first < len(groups):
-            last = _last_of_card([group[0] for group in groups[first : first + _CARD_DIGITS.stop - 1]])
-            if last is None:
-                first += 1
-                continue
-            shown += number[kept : groups[first].start()] + self._note("card", "[card]")
-            kept, first = groups[first + last].end(), first + last + 1
-        return shown + number[kept:]
+    def _trimmed(self, text: str) -> str:
+        text = self._space + (text if self._begun else text.lstrip())
+        self._begun = self._begun or bool(text)
+        shown = text.rstrip()
+        self._space = text[len(shown) :]
+        return shown
 
     def _note(self, kind: str, mask: str) -> str:
         if kind not in self.found:
@@ -73,23 +86,164 @@ class Masker:
         return mask
 
 
-def _growing_from(text: str) -> int:
-    found = _GROWING.match(text[::-1])
-    return len(text) - (found.end() if found else 0)
+class _Addresses:
+    """E-mail addresses of any script."""
+
+    def __init__(self, mask: Callable[[], str]) -> None:
+        self._mask = mask
+        self._held = ""
+
+    def add(self, text: str) -> str:
+        """See `_Filter`."""
+        held = self._held + text
+        growing = _GROWING.match(held[::-1])
+        certain, done, shown = len(held) - (growing.end() if growing else 0), 0, []
+        for begin, end in _addresses(held):
+            if begin >= certain:
+                break
+            shown += held[done:begin], self._mask()
+            done = end
+        certain = max(certain, done)
+        self._held = held[certain:]
+        return "".join(shown) + held[done:certain]
+
+    def finish(self, cut: bool) -> str:
+        """See `_Filter`."""
+        held, self._held = self._held, ""
+        done, shown = 0, ""
+        for begin, end in _addresses(held):
+            shown, done = shown + held[done:begin] + self._mask(), end
+        rest = held[done:]
+        return shown + (_CUT.sub(lambda _: self._mask(), rest) if cut else rest)
 
 
-def _last_of_card(groups: Sequence[str]) -> int | None:
-    """Where the longest card number that begins with the first group ends."""
-    ends = list(itertools.accumulate(len(group) for group in groups))
-    digits = "".join(groups)
-    for last in reversed(range(len(ends))):
-        if ends[last] in _CARD_DIGITS and _is_card(digits[: ends[last]]):
-            return last
-    return None
+def _addresses(text: str) -> Iterator[tuple[int, int]]:
+    """Where addresses begin and end, from each at sign: forwards, each letter would be a start to try."""
+    done = 0
+    for at in _AT.finditer(text):
+        before = text[max(done, at.start() - 64) : at.start()][::-1]
+        local = max(found.end() for found in (each.match(before) for each in _LOCAL) if found)
+        domain = _DOMAIN.match(text, at.end())
+        if local and domain:
+            done = domain.end()
+            yield at.start() - local, done
+
+
+class _Cards:
+    """Card numbers: 13 to 19 digits in groups that pass ISO/IEC 7812-1's check, runs that overlap as one.
+
+    A number is groups of digits with little between them. What a group is part of is known when 19 digits follow
+    its beginning, or the number ends: `_groups` are those that are not known yet, with what stands before each,
+    `_swallowed` how many of them are part of a card that has been masked.
+    """
+
+    def __init__(self, mask: Callable[[], str]) -> None:
+        self._mask = mask
+        self._held = ""
+        self._long = False
+        self._groups: list[tuple[str, str]] = []
+        self._swallowed = 0
+
+    def add(self, text: str) -> str:
+        """See `_Filter`."""
+        held, at, shown = self._held + text, 0, ""
+        while at < len(held):
+            if not self._groups:  # outside of a number
+                begins = _DIGIT.search(held, at)
+                stop = begins.start() if begins else len(held)
+                self._long = self._long and stop == at
+                shown, at = shown + held[at:stop], stop
+            item = _ITEM.match(held, at)
+            assert item is not None
+            between, digits = item.groups()
+            near = len(between) <= _BETWEEN
+            if item.end() == len(held) and near and len(digits) <= _MOST and not self._long:
+                break
+            if near and 0 < len(digits) <= _MOST and not self._long:
+                self._groups.append((between, digits))
+                shown, at = shown + self._known(), item.end()
+                continue
+            shown += self._end() + between  # of the number, or a group that is too long for one
+            at += len(between)
+            if len(digits) > _MOST or self._long:
+                shown, at, self._long = shown + digits, item.end(), item.end() == len(held)
+        self._held = held[at:]
+        return shown
+
+    def finish(self, cut: bool) -> str:
+        """See `_Filter`."""
+        between, digits = _ITEM.match(self._held).groups()  # type: ignore[union-attr]
+        if digits:
+            self._groups.append((between, digits))
+            between = ""
+        self._held = ""
+        begun = self._begun_card() if cut else len(self._groups)
+        cards, self._groups = self._groups[begun:], self._groups[:begun]
+        swallowed = self._swallowed > begun
+        shown = self._end()
+        if cards and not swallowed:
+            shown += cards[0][0] + self._mask()
+        return shown + ("" if cards else between)
+
+    def _known(self) -> str:
+        shown = ""
+        while sum(len(digits) for _, digits in self._groups) >= _MOST:
+            shown += self._first()
+        return shown
+
+    def _end(self) -> str:
+        shown = ""
+        while self._groups:
+            shown += self._first()
+        self._swallowed = 0
+        return shown
+
+    def _first(self) -> str:
+        """The first group, of which all is known: itself, a card that begins with it, or nothing."""
+        follow = self._card()
+        between, digits = self._groups.pop(0)
+        if self._swallowed:
+            self._swallowed = max(self._swallowed - 1, follow)
+            return ""
+        self._swallowed = follow
+        return between + (self._mask() if follow or self._alone(digits) else digits)
+
+    def _alone(self, digits: str) -> bool:
+        return len(digits) >= _FEWEST and _is_card(digits)
+
+    def _card(self) -> int:
+        """How many groups follow the first one in the longest card that begins with it."""
+        for last in reversed(range(1, len(self._groups))):
+            run = self._groups[: last + 1]
+            digits = "".join(group for _, group in run)
+            if _FEWEST <= len(digits) <= _MOST and _is_card(digits) and _is_written_so(run):
+                return last
+        return 0
+
+    def _begun_card(self) -> int:
+        """The group from which on the number's end may be a card's beginning."""
+        for first in range(len(self._groups)):
+            run = self._groups[first:]
+            digits = "".join(group for _, group in run)
+            if _TELLS <= len(digits) < _MOST and digits[0] not in _NO_ISSUER and _is_written_so(run, begun=True):
+                return first
+        return len(self._groups)
+
+
+def _is_written_so(run: Sequence[tuple[str, str]], *, begun: bool = False) -> bool:
+    if all(_LOOSE.issuperset(between) for between, _ in run[1:]):
+        return True
+    sizes = tuple(len(digits) for _, digits in run)
+    if not begun:
+        return sizes in _SHAPES
+    return any(shape[: len(sizes) - 1] == sizes[:-1] and sizes[-1] <= shape[len(sizes) - 1]
+               for shape in _SHAPES if len(shape) >= len(sizes))  # fmt: skip
 
 
 def _is_card(number: str) -> bool:
-    """Whether 13 to 19 digits pass the Luhn check (ISO/IEC 7812-1), as cards do and most others do not."""
+    """Whether it begins as an issuer's does and passes the Luhn check, as cards do and most others do not."""
+    if number[0] in _NO_ISSUER:
+        return False
     digits = [int(character) for character in number]
     doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
     return sum(digits[-1::-2], sum(doubled)) % 10 == 0
