@@ -63,7 +63,8 @@ def test_a_card_is_one_whatever_stands_between_its_groups(between):
 @pytest.mark.parametrize(
     "address",
     ["jose\u0301@example.com", "a@mu\u0308nchen.de", "संपर्क@डाटामेल.भारत", "ยินดี@โดเมน.ไทย", "иван2@почта.рф",
-     "anna!@example.com", "**anna**@example.com", "anna\u00ad@example.com", "a\uff20example.com", "o'brien@example.com", "a@b.4"],
+     "anna!@example.com", "**anna**@example.com", "anna\u00ad@example.com", "a\uff20example.com", "o'brien@example.com",
+     "a@b.4"],
 )  # fmt: skip
 def test_an_address_is_one_in_every_script(address):
     assert masked(f"at {address} now") == "at [e-mail] now"
