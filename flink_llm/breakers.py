@@ -16,6 +16,7 @@ from typing import Annotated
 import pybreaker
 from msgspec import Meta, Struct
 
+from flink_llm.engine.generation import CallInfo, current_call
 from flink_llm.engine.protocol import Done, Engine, Event, EventStream, Fault, Loaded, Submit
 from flink_llm.errors import CircuitOpen, Outage
 from flink_llm.retries import INFRASTRUCTURE
@@ -53,6 +54,7 @@ class Breaker:
         self._first: float | None = None
         self._due = 0.0
         self._probe: Pass | None = None
+        self._prober: CallInfo | None = None  # the handler's call that makes it
 
     @property
     def level(self) -> int:
@@ -67,13 +69,15 @@ class Breaker:
     def enter(self) -> "Pass":
         """A call may begin, and says later how it ended. Raises CircuitOpen, with when to come again."""
         if self.level and self._probe is not None:
+            if self._prober is not None and current_call.get(None) is self._prober:
+                return Pass(self)  # its call would end for this one's sake, and the circuit never close
             raise self._refusal(PROBE_AGAIN_S)
         if self.level and self._clock() < self._due:
             raise self._refusal(self._due - self._clock())
         entered = Pass(self)
         if self.level:
             self._circuit.half_open()
-            self._probe = entered
+            self._probe, self._prober = entered, current_call.get(None)
         return entered
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from flink_llm.breakers import BreakerSettings
 from flink_llm.call import OperatorSettings
 from flink_llm.errors import FlinkLlmError, Outage, Overloaded, RecordError, StateError
 from flink_llm.handler import AsyncUdf
@@ -299,7 +300,8 @@ def test_an_outage_is_waited_out():
     assert not run.failures()
 
 
-def test_an_outage_in_a_task_group_is_an_outage():
+@pytest.mark.parametrize("failures", [0, 2])  # of an open circuit both are the probe
+def test_an_outage_in_a_task_group_is_an_outage(failures):
     class Both(AsyncUdf):
         async def open(self, ctx):
             self.model = ctx.model("echo")
@@ -312,7 +314,8 @@ def test_an_outage_in_a_task_group_is_an_outage():
                 said = [group.create_task(one()) for _ in range(2)]
             return {"said": [task.result() for task in said]}
 
-    with Harness(Both(), FakeServices({"echo": Script(text="yes", first_ms=500)})) as run:
+    services = FakeServices({"echo": Script(text="yes", first_ms=500)}, breaker=BreakerSettings(failures=failures))
+    with Harness(Both(), services) as run:
         run.send({"session_id": "a"})
         run.advance(0.1)
         run.outage(3.0)
@@ -414,8 +417,8 @@ def test_a_full_operator_gives_way_after_its_patience():
     settings = OperatorSettings(capacity=1)
     with Harness(Plain(), settings=settings, real_time=True) as run:
         began = time.monotonic()
-        run.send(request(1, text="hold"))
-        run.send(request(2, text="hold"))
+        for i in range(2):  # the harness would wait for longer
+            run.outputs += run.shard.receive(run._keyer.arrive(_arrival(request(i, text="hold")))[1].to_bytes())
         waited = time.monotonic() - began
         Plain.release.set()
         run.finish()

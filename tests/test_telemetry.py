@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from flink_llm import config
@@ -24,7 +25,7 @@ def written():
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     handler.setFormatter(JsonLines())
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    yield lambda: [msgspec.json.decode(line) for line in stream.getvalue().splitlines()]
     root.removeHandler(handler)
     root.setLevel(level)
 
@@ -63,6 +64,31 @@ def test_an_exception_is_in_its_line(harness, written):
     run.finish()
     (line,) = written()
     assert (line["request_id"], line["exc_info"].splitlines()[-1]) == ("r1", "ValueError: no")
+
+
+def holds_itself():
+    ring = []
+    ring.append(ring)
+    return ring
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (float("nan"), "nan"),
+        ([1.5, float("-inf")], [1.5, "-inf"]),
+        ({("a", 1): {2: None}}, {"('a', 1)": {"2": None}}),
+        ("half \udc80", "half \\udc80"),
+        (holds_itself(), "a list that cannot be written"),
+        (10**5000, "a int that cannot be written"),
+    ],
+    ids=["not a number", "infinite", "keys", "half a character", "a ring", "too long"],
+)
+def test_whatever_is_told_is_a_line_of_json(written, value, told):
+    logging.getLogger("any").info("a \udc80 %s", "ü", extra={"value": value, "step": 2})
+    (line,) = written()
+    assert (line["message"], line["value"], line["step"], line["level"]) == ("a \\udc80 ü", told, 2, "INFO")
+    assert line["time"].endswith("+00:00")
 
 
 def test_what_serves_everybody_is_no_part_of_the_call_that_starts_it(harness, written, feature_client):

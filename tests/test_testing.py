@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flink_llm.breakers import BreakerSettings
 from flink_llm.call import OperatorSettings
-from flink_llm.errors import ConfigError, FlinkLlmError, Overloaded
+from flink_llm.errors import CircuitOpen, ConfigError, FlinkLlmError, Overloaded
 from flink_llm.handler import AsyncUdf
 from flink_llm.records import ChatRequest, ChatResponse, Message
 from flink_llm.testing import FakeFeatures, FakeServices, Harness, Reader, Script, timing
@@ -153,6 +154,39 @@ def test_a_full_operator_reads_on_when_it_has_a_place():
     assert len(run.results()) == 3
 
 
+def test_a_full_operator_holds_what_is_sent_in_real_time_too():
+    async def call(request, ctx):
+        await asyncio.sleep(0.2)
+        return request
+
+    with Harness(Doing(call), key="n", settings=OperatorSettings(capacity=2), real_time=True) as run:
+        for number in range(6):
+            run.send({"n": number})
+            assert run.shard.in_flight <= 2
+        assert len(run.results()) >= 4
+        run.finish()
+    assert len(run.results()) == 6
+
+
+def test_another_harness_goes_on_where_the_clock_of_the_checkpoint_was():
+    services, settings = FakeServices({"m": Script()}), OperatorSettings(remember_s=600)
+    with Harness(Reply(), services, settings=settings) as run:
+        run.advance(300)
+        run.send(request())
+        run.finish()
+        taken, at = run.checkpoint(), run.loop.wall()
+    with Harness(Reply(), services, settings=settings, state=taken) as again:
+        assert again.loop.wall() == pytest.approx(at)
+        again.advance(590)
+        again.send(request())
+        again.finish()
+        assert services.backend.started == 1
+        again.advance(20)
+        again.send(request())
+        again.finish()
+    assert services.backend.started == 2
+
+
 def test_real_time_is_real():
     async def call(request, ctx):
         reader, writer = await asyncio.open_connection("127.0.0.1", request["port"])
@@ -275,6 +309,116 @@ def test_features_out_or_misread_are_as_with_a_real_store():
     assert "read by user_id, not by order_id" in run.failures()[0]["message"]
     with pytest.raises(ConfigError, match="users"):
         FakeServices(features=tables).features("user")
+
+
+def test_features_have_a_name_and_say_their_keys_once_they_are_open():
+    class Keys(AsyncUdf):
+        async def open(self, ctx):
+            self.users = ctx.features("users")
+            with pytest.raises(ConfigError, match=r"the features users are not open yet: ask .* in call\(\)"):
+                _ = self.users.join_keys
+
+        async def call(self, request: dict, ctx):
+            return {"keys": self.users.join_keys, "name": self.users.name}
+
+    with Harness(Keys(), FakeServices(features={"users": {}})) as run:
+        run.send({"session_id": "s"})
+        run.crash()
+        run.finish()
+    assert run.results() == [{"keys": ["user_id"], "name": "users"}]
+
+
+@pytest.mark.parametrize(("key", "code"), [(True, "invalid"), (1.5, "invalid"), ({"a": 1}, "invalid"), (7, None)])
+def test_features_refuse_a_key_that_is_no_text(key, code):
+    class Asking(Reading):
+        async def call(self, request: dict, ctx):
+            return {**await self.users.get(user_id=key)}
+
+    with Harness(Asking(), FakeServices(features={"users": {str(key): {"n": 1}}})) as run:
+        run.send({"session_id": "s"})
+        run.finish()
+    assert [failure["code"] for failure in run.failures()] == [code] * (code is not None)
+    assert run.results() == ([] if code else [{"user_id": "7", "n": 1}])
+
+
+def test_features_of_no_key_are_absent_and_no_read_of_the_store():
+    with Harness(Reading(), FakeServices(features={"users": {"None": {"n": 1}}})) as run:
+        run.outage(60, of="users")
+        run.send({"session_id": "s", "user_id": None})
+        run.finish()
+        assert run.loop.time() < 1
+    assert run.results() == [{"user_id": None, "n": None, "found": False, "stale": False, "age_s": None}]
+
+
+def test_features_that_fail_are_left_alone_and_probed_as_in_a_job():
+    class Told(Reading):
+        async def call(self, request: dict, ctx):
+            try:
+                return await super().call(request, ctx)
+            except CircuitOpen:
+                return {"open": True}
+
+    services = FakeServices(features={"users": {"a": {"n": 1}}}, breaker=BreakerSettings(failures=2, reset_s=5.0))
+    with Harness(Told(), services, key="user_id") as run:
+        run.outage(12, of="users")
+        run.send({"user_id": "a"})
+        run.advance(4)
+        assert run.results() == [{"open": True}]
+        run.advance(10.9)
+        run.send({"user_id": "a"})
+        assert run.results() == [{"open": True}] * 2, "it has been back for a while, and nobody has looked"
+        run.advance(0.2)
+        assert services.outage_since is None, "without a record that asks for it"
+        run.send({"user_id": "a"})
+        run.finish()
+    assert run.results()[2]["n"] == 1
+
+
+def test_a_circuit_opens_as_in_a_job_unless_the_test_says_otherwise():
+    class Either(AsyncUdf):
+        async def open(self, ctx):
+            self.models = {name: ctx.model(name) for name in ("dead", "well")}
+
+        async def call(self, request: dict, ctx):
+            return {"said": (await self.models[request["model"]].generate("x")).text}
+
+    models = {"dead": [*[Script(fault="outage")] * 20, Script(text="back")], "well": Script(text="here")}
+    for breaker, waits in (({}, True), ({"breaker": BreakerSettings(failures=0)}, False)):
+        with Harness(Either(), FakeServices(models, **breaker)) as run:
+            run.send({"session_id": "a", "model": "dead", "deadline": 5})
+            for _ in range(60):  # others are answered meanwhile
+                run.send({"session_id": "b", "model": "well"})
+                run.advance(0.1)
+            run.finish()
+        assert len(run.failures()) == (not waits)
+        assert ({"said": "back"} in run.results()) == waits
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "message"),
+    [
+        ("embed", "", "there is no text"),
+        ("classify", " \n", "there is no text"),
+        ("tag", "", "there is no text"),
+        ("rerank", ("", ["a"]), "there is no text"),
+        ("rerank", ("a", []), "there are no documents"),
+        ("rerank", ("a", ["b", " "]), "there is no text in document 1"),
+    ],
+)
+def test_an_encoder_refuses_what_has_no_text(kind, asked, message):
+    class Encoding(AsyncUdf):
+        async def open(self, ctx):
+            self.encoder = getattr(ctx, kind)("m")
+
+        async def call(self, request: dict, ctx):
+            await self.encoder(*(asked if isinstance(asked, tuple) else [asked]))
+            return {}
+
+    kinds = {"embed": "embedding", "classify": "classifier", "tag": "token_classifier", "rerank": "reranker"}
+    with Harness(Encoding(), FakeServices({"m": Script(kind=kinds[kind], labels=["a"])})) as run:
+        run.send({"session_id": "s"})
+        run.finish()
+    assert [(each["code"], each["message"]) for each in run.failures()] == [("empty_text", message)]
 
 
 def test_a_classifier_gives_the_label_that_the_test_says():

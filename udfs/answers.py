@@ -19,6 +19,8 @@ from flink_llm.udfs.batches import Served
 _OF_THE_CALL = ("deadline", "priority")
 _OF_A_PROMPT = ("system", "adapter", "features", "raw")
 GENERATION = (*_OF_THE_CALL, *_OF_A_PROMPT, *Choices.__annotations__)
+TEXTS = ("system", "adapter", "regex")
+"""Options that are text, whatever JSON it might be."""
 EMBEDDING = (*_OF_THE_CALL, "dimensions")
 CLASSIFICATION = _OF_THE_CALL
 EXTRACT = "Read the text and answer with the data it holds, as JSON."
@@ -102,12 +104,9 @@ async def classify(served: Served, arguments: tuple[Any, ...]) -> dict[str, Any]
 async def look_up(served: Served, arguments: tuple[Any, ...]) -> dict[str, Any]:
     """(view or service, key, ...) to its features as JSON text, null where no view has a row of the key."""
     name, *keys = arguments
-    table = served[name]
-    if len(keys) != len(table.join_keys):
-        wanted = ", ".join(table.join_keys)
-        raise RecordError("invalid", f"{name} is read by {wanted}, in this order; the query gives {len(keys)} keys")
-    row = await table.get(**dict(zip(table.join_keys, keys, strict=True)))
-    features = {key: value for key, value in row.items() if key not in table.join_keys}
+    named = served.join_keys(name, keys)
+    row = await served[name].get(**named)
+    features = {key: value for key, value in row.items() if key not in named}
     known = row.found or any(value is not None for value in features.values())
     text = codec.encode(features).decode() if known else None
     return {"value": text, "age_s": row.age_s}

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 from flink_llm.errors import ConfigError, RecordError
-from flink_llm.udfs.answers import read_options
+from flink_llm.udfs.answers import TEXTS, read_options
 from flink_llm.udfs.batches import Row
 
 _EXACT = 2**53
-"""Whole numbers up to here are exact as the floats that pandas makes of a column which holds NULLs."""
+"""Whole numbers below this are exact as the floats that pandas makes of a column which holds NULLs."""
 
 
 def rows_of(
@@ -45,7 +45,7 @@ def _row(name: str, cells: tuple[Any, ...], texts: int, options: tuple[str, ...]
             return RecordError("invalid", f"argument {number + 1} of {name} is no text: CAST(... AS STRING)")
     if options is None:
         if any(isinstance(cell, float) for cell in cells):
-            return RecordError("invalid", "a number beside NULLs is beyond 2**53, or is none: CAST(... AS STRING)")
+            return RecordError("invalid", "a number beside NULLs is 2**53 or more, or is none: CAST(... AS STRING)")
         if not all(isinstance(cell, (str, int, bytes)) for cell in cells):
             return RecordError("invalid", f"a key of {name} is neither text nor a whole number: CAST(... AS STRING)")
         return Row(cells)
@@ -58,12 +58,13 @@ def _row(name: str, cells: tuple[Any, ...], texts: int, options: tuple[str, ...]
 
 
 def _options_text(given: Any) -> str | None:
-    """Options as JSON: they may also be a MAP, whose values are JSON or else text."""
+    """Options as JSON: they may also be a MAP, whose values are JSON or else text, those of `TEXTS` always text."""
     if given is None or isinstance(given, str):
         return given
     if not isinstance(given, Mapping):
         raise RecordError("bad_option", "options is neither a JSON object nor a MAP of text")
-    return msgspec.json.encode({name: _value(text) for name, text in sorted(given.items())}).decode()
+    read = {name: text if name in TEXTS else _value(text) for name, text in sorted(given.items())}
+    return msgspec.json.encode(read).decode()
 
 
 def _value(text: Any) -> Any:
@@ -85,7 +86,7 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        return int(value) if value.is_integer() and abs(value) <= _EXACT else value
+        return int(value) if value.is_integer() and abs(value) < _EXACT else value
     if value is None or value is pd.NaT:
         return None
     if isinstance(value, np.ndarray):

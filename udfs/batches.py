@@ -46,27 +46,47 @@ class Served:
         self._refused: dict[str, RecordError] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """What `prepare` has made ready. Raises RecordError `unknown_model`."""
+        """What `prepare` has made ready. Raises RecordError, `unknown_model` or of features `invalid`."""
         if name in self._refused:
             raise self._refused[name]
         return self._ready[name]
 
+    def join_keys(self, name: str, values: Sequence[Any]) -> dict[str, Any]:
+        """What features are read by. Raises RecordError `invalid` for more or fewer `values` than they have keys."""
+        wanted = self[name].join_keys
+        if len(values) != len(wanted):
+            listed, given = ", ".join(wanted), len(values)
+            raise RecordError("invalid", f"{name} is read by {listed}, in this order; the query gives {given} keys")
+        return dict(zip(wanted, values, strict=True))
+
     async def prepare(self, kind: str, names: set[str], *, fixed: bool) -> None:
         """Makes ready what is new among `names`; `kind` is a method of `Context`. Waits out an outage.
 
-        A model that is not there, or is of another kind, is an error of the query if its name is `fixed` in it,
-        else of the rows that name it. Raises ConfigError, ModelFolderError.
+        A model that is not there or is of another kind, or features that are not there, are an error of the query
+        if their name is `fixed` in it, else of the rows that name them. Raises ConfigError, ModelFolderError.
         """
+        code = "invalid" if kind == "features" else "unknown_model"
         for name in names - self._ready.keys() - self._refused.keys():
             try:
                 self._ready[name] = await self._open(kind, name)
             except ConfigError as error:
-                if fixed or kind == "features":
+                if fixed or (kind == "features" and not self._is_refused(name)):
                     raise
-                self._refused[name] = RecordError("unknown_model", str(error))
+                self._refused[name] = RecordError(code, str(error))
+
+    def _is_refused(self, name: str) -> bool:
+        """Whether these features themselves are refused: else the store could not be opened, which no row is to
+        blame for."""
+        try:
+            self._context.features(name)
+        except ConfigError:
+            return True
+        return False
 
     async def _open(self, kind: str, name: str) -> Any:
         found = getattr(self._context, kind)(name)
+        if kind == "features" and (self._ready or self._refused):
+            return found  # of a store that is open, and would refuse at `start` again what it has refused before
         # A model is loaded by itself, lest one that is refused stands in the others' way.
         load = self._context._services.start if kind == "features" else found.load
         while True:
@@ -151,8 +171,11 @@ class Batches:
         """
         asked = [row for row in rows if isinstance(row, Row)]
         names = {row.arguments[0] for row in asked}
-        loading = self._handler.served.prepare(self._kind, names, fixed=fixed)
+        served = self._handler.served
+        loading = served.prepare(self._kind, names, fixed=fixed)
         asyncio.run_coroutine_threadsafe(loading, self._handler.loop).result()
+        if fixed and self._kind == "features" and asked:
+            _check_keys(served, asked[0])
         batch = _Batch(self._runner)
         calls: dict[Row, Call] = {}
         for row in asked:
@@ -185,6 +208,15 @@ class Batches:
         for code, count in Counter(outcome.code for outcome in failed).items():
             self.metrics.add(f"failures.{code}", count)
             log.warning("%s: %d of %d rows failed: %s: %s", self._name, count, len(outcomes), code, messages[code])
+
+
+def _check_keys(served: Served, row: Row) -> None:
+    """All rows of a query give as many keys. Raises ConfigError where that is a wrong number."""
+    name, *values = row.arguments
+    try:
+        served.join_keys(name, values)
+    except RecordError as error:
+        raise ConfigError(error.message) from error
 
 
 def _outcome(row: Row | RecordError | None, calls: dict[Row, Call]) -> Outcome | None:

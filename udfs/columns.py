@@ -127,7 +127,10 @@ def schema_of(wanted: type | Mapping[str, Any]) -> dict[str, Any]:
 def row_of(wanted: type | Mapping[str, Any]) -> Column:
     """The columns of a Struct's fields, or of a schema's properties. Raises ConfigError."""
     schema = schema_of(wanted)
-    row = _column(schema, schema, ())
+    try:
+        row = _column(schema, schema, ())
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(f"{wanted} is no JSON Schema ({error}): give each property a schema of its own") from error
     if isinstance(wanted, type) and issubclass(wanted, Record):
         parts = {name: part for name, part in row.parts.items() if name != "unknown_fields"}
         return Column("ROW", parts)
@@ -152,7 +155,7 @@ def _column(schema: Any, root: Mapping[str, Any], above: tuple[str, ...]) -> Col
         return Column("JSON")
     above = above if reference is None else (*above, reference)
     schema = _resolved(schema, root)
-    options = [each for each in schema.get("anyOf", []) if each.get("type") != "null"]
+    options = [each for each in schema.get("anyOf", []) if _resolved(each, root).get("type") != "null"]
     if len(options) == 1:
         return _column(options[0], root, above)
     named = schema.get("type")

@@ -25,10 +25,14 @@ TOPIC = "test"
 
 
 class MemoryMap:
-    """A map of Flink state, in memory; `checkpoint` copies it."""
+    """A map of Flink state, in memory; `checkpoint` copies it.
+
+    `taken_at` is when a checkpoint took it, in epoch seconds of its harness, 0 for one of no checkpoint.
+    """
 
     def __init__(self) -> None:
         self.data: dict[Any, bytes] = {}
+        self.taken_at = 0.0
 
     def get(self, key: Any) -> bytes | None:
         """The value, None where there is none."""
@@ -51,7 +55,12 @@ def copy_state(state: Kept) -> Kept:
     """What a checkpoint would hold."""
     copied = MemoryMap()
     copied.data = dict(state.entries.data)  # type: ignore[attr-defined]
+    copied.taken_at = _taken_at(state)
     return Kept(copied)
+
+
+def _taken_at(state: Kept) -> float:
+    return getattr(state.entries, "taken_at", 0.0)
 
 
 class _Checkpoint(Struct, frozen=True):
@@ -72,7 +81,8 @@ class Harness:
     `crash` and `crash_after` are a kill -9 of the worker and the restart from the last `checkpoint`: what
     was read since is read again, and with `delivery` "exactly_once" results and failures written since are
     gone, as from a transaction that was never committed. Scripted models live in another process, as it
-    were: they go on speaking. `state` is what a `checkpoint` of another harness gave.
+    were: they go on speaking. `state` is what a `checkpoint` of another harness gave; the clock on the wall
+    goes on from there.
 
     With `real_time` nothing is virtual: for handlers that wait for sockets or for threads of their own, and
     for real models behind `FakeServices`.
@@ -97,9 +107,9 @@ class Harness:
         self._read = 0  # of it
         self._crash_in: int | None = None
         self.services = services or FakeServices()
-        self.loop = KeptLoop() if real_time else VirtualLoop()
-        self.runner = self._runner(udf)
         self.state = state or Kept(MemoryMap())
+        self.loop = KeptLoop() if real_time else VirtualLoop(_taken_at(self.state))
+        self.runner = self._runner(udf)
         self._last = _Checkpoint(copy_state(self.state), 0, 0)
         self.outputs: list[Output] = []
         self.crashes = 0
@@ -185,7 +195,9 @@ class Harness:
     def checkpoint(self) -> Kept:
         """Takes a checkpoint: what a crash goes back to, and its state, for another harness."""
         self._last = _Checkpoint(copy_state(self.state), self._read, len(self.outputs))
-        return copy_state(self.state)
+        taken = copy_state(self.state)
+        taken.entries.taken_at = self.loop.wall()  # type: ignore[attr-defined]
+        return taken
 
     def results(self) -> list[Any]:
         """The decoded values of all results so far."""
@@ -255,7 +267,7 @@ class Harness:
         """Reads what is in the topic, as the operator has room for it."""
         most = self._settings.capacity + self._settings.capacity // READ_AHEAD
         while self._read < len(self._log):
-            if not self._real_time and self.shard.in_flight >= most:
+            if self.shard.in_flight >= most:
                 if not self._end_one():
                     raise TimeoutError(f"the operator is full: none of its {self.shard.in_flight} records ends")
                 continue  # a crash meanwhile has read on

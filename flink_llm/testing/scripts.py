@@ -36,7 +36,7 @@ class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     An embedding has `dimension` numbers that depend on the text; a classifier gives the label that `answers`
     has for the text 0.9, and finds all `labels` equally likely without one; a token classifier finds the
     words of `entities`, each with its label, wherever they stand; a reranker's score is the share of the
-    query's words that a document has.
+    query's words that a document has. Each refuses what has no text, as a real one does.
     """
 
     kind: Literal["decoder", "embedding", "classifier", "token_classifier", "reranker"] = "decoder"
@@ -205,7 +205,10 @@ def _timed(done: Done, first_token_ms: float, per_token_ms: float) -> Done:
 
 def _events(script: Script, work: Submit, generation: str) -> Iterator[Event]:
     text = work.text or ""
-    if script.kind == "embedding":
+    refused = _refused(script, work)
+    if refused is not None:
+        yield Fault(call=0, kind="record", code=refused[0], message=refused[1])
+    elif script.kind == "embedding":
         yield _embedding(script, work, generation)
     elif script.kind == "classifier":
         yield Done(call=0, generation=generation, scores=_scores(script, text))
@@ -220,6 +223,20 @@ def _events(script: Script, work: Submit, generation: str) -> Iterator[Event]:
         for sequence, piece in enumerate(pieces):
             yield Tokens(call=0, generation=generation, sequence=sequence, text=piece)
         yield Done(call=0, generation=generation, text="".join(pieces), completion_tokens=len(pieces))
+
+
+def _refused(script: Script, work: Submit) -> tuple[str, str] | None:
+    """Code and message of what an encoder refuses, see `Encoding`; a decoder says something to everything."""
+    if script.kind == "decoder":
+        return None
+    if script.kind == "embedding" and work.dimensions is not None and not 1 <= work.dimensions <= script.dimension:
+        return "bad_option", f"dimensions is {work.dimensions}"
+    if not (work.text or "").strip():
+        return "empty_text", "there is no text"
+    if script.kind == "reranker" and not work.documents:
+        return "empty_text", "there are no documents"
+    empty = [i for i, document in enumerate(work.documents) if not document.strip()]
+    return ("empty_text", f"there is no text in document {empty[0]}") if empty else None
 
 
 def _pieces(script: Script, work: Submit) -> list[str]:
@@ -244,11 +261,9 @@ def _scores(script: Script, text: str) -> list[float]:
     return [0.9 if each == label else 0.1 / (len(labels) - 1) for each in labels]
 
 
-def _embedding(script: Script, work: Submit, generation: str) -> Event:
+def _embedding(script: Script, work: Submit, generation: str) -> Done:
     seed = int.from_bytes(hashlib.sha256((work.text or "").encode()).digest()[:4], "big")
     vector = np.random.default_rng(seed).standard_normal(script.dimension).astype("<f4")
-    if work.dimensions is not None and not 1 <= work.dimensions <= script.dimension:
-        return Fault(call=0, kind="record", code="bad_option", message=f"dimensions is {work.dimensions}")
     return Done(call=0, generation=generation, vector=vector[: work.dimensions].tobytes())
 
 

@@ -3,17 +3,19 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
 from typing import Any, TypeVar
 
 from msgspec import Struct
 
-from flink_llm.breakers import Breakers, BreakerSettings, GuardedEngine
+from flink_llm.breakers import Breaker, Breakers, BreakerSettings, GuardedEngine
 from flink_llm.engine.faults import fault_of
 from flink_llm.engine.generation import Model
 from flink_llm.engine.protocol import Loaded, Submit
 from flink_llm.engine.readers import Classifier, Embedder, Reranker, Tagger
 from flink_llm.engine.work import Backend, Events, Listener, WorkTable
 from flink_llm.errors import ConfigError, Outage
+from flink_llm.feature_keys import key_field
 from flink_llm.feature_row import FeatureRow
 from flink_llm.names import unknown
 from flink_llm.testing.scripts import Script, ScriptedBackend
@@ -25,10 +27,11 @@ START_RETRY_S = 1.0
 
 
 class FakeFeatures:
-    """A table of features: the key as text → values, all `age_s` seconds old when the test begins.
+    """A view of features whose key is a STRING: the key as text → values, all `age_s` seconds old when the test begins.
 
     `age_s` may also be one for each key, 0 for those that it leaves out. Rows age with the harness's clock;
-    one older than `max_age_s` is `stale`, as with a real view. A read takes `delay_s`.
+    one older than `max_age_s` is `stale`, as with a real view. A read takes `delay_s`. `name` is what
+    `FakeServices` serves it as.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class FakeFeatures:
         age_s: float | Mapping[str, float] = 0.0,
         delay_s: float = 0.0,
     ) -> None:
-        self.join_keys = (join_key,)
-        self.down: Callable[[], str | None] = lambda: None
+        self.name = ""
+        self._key = key_field(join_key, "STRING")
+        self._services: FakeServices | None = None
+        self._probing: asyncio.Task[None] | None = None
         self._rows = {key: dict(values) for key, values in rows.items()}
         ages = age_s if isinstance(age_s, Mapping) else dict.fromkeys(rows, age_s)
         self._at = {key: -ages.get(key, 0.0) for key in rows}  # from the beginning of the clock
@@ -49,6 +54,17 @@ class FakeFeatures:
         self._delay_s = delay_s
         self._clock: Callable[[], float] = lambda: 0.0
         self._began = 0.0
+
+    @property
+    def join_keys(self) -> tuple[str, ...]:
+        """As `FeatureTable.join_keys`."""
+        if self._services is not None and not self._services.started:
+            raise ConfigError(f"the features {self.name} are not open yet: ask for their keys in call()")
+        return (self._key.name,)
+
+    def serve(self, name: str, services: "FakeServices") -> None:
+        """It is the view of that name, and out when `services` say so."""
+        self.name, self._services = name, services
 
     def bind(self, clock: Callable[[], float]) -> None:
         """Rows age by this clock from now on."""
@@ -63,22 +79,33 @@ class FakeFeatures:
 
     async def get(self, **keys: Any) -> FeatureRow:
         """As `FeatureTable.get`, for one key."""
-        [join_key] = self.join_keys
+        join_key = self._key.name
         if keys.keys() != {join_key}:
             raise ConfigError(f"these features are read by {join_key}, not by {', '.join(keys) or 'nothing'}")
-        if self._delay_s:
-            with during("features", view=join_key):
-                await asyncio.sleep(self._delay_s)
-        down = self.down()
-        if down is not None:
-            raise Outage(down)
-        key = str(keys[join_key])
+        key = None if keys[join_key] is None else str(self._key.convert(keys[join_key]))
+        if key is not None:
+            await self._read()
         names = dict.fromkeys(name for row in self._rows.values() for name in row)
-        age = self._now() - self._at[key] if key in self._rows else None
+        age = self._now() - self._at[key] if key is not None and key in self._rows else None
         stale = age is not None and self._max_age_s is not None and age > self._max_age_s
-        there = self._rows[key] if age is not None and not stale else {}
         found = age is not None and not stale
-        return FeatureRow({**keys, **names, **there}, age_s=age if found else None, found=found, stale=stale)
+        there = self._rows[key] if key is not None and found else {}
+        values = {join_key: key, **names, **there}
+        return FeatureRow(values, age_s=age if found else None, found=found, stale=stale)
+
+    async def _read(self) -> None:
+        """What a read of the store is to a handler: it takes its time, and is refused or fails while that is out."""
+        services = self._services
+        if services is not None:
+            services.check(self.name)
+        if self._delay_s:
+            with during("features", view=self.name):
+                await asyncio.sleep(self._delay_s)
+        down = None if services is None else services.report(self.name)
+        if services is not None and down is not None:
+            if self._probing is None or self._probing.done():
+                self._probing = asyncio.create_task(services.probe(self.name), context=Context())  # of no call
+            raise Outage(down)
 
     def _now(self) -> float:
         return self._clock() - self._began
@@ -96,7 +123,8 @@ class FakeServices:
     """`Services` of scripts and tables: `features` maps a view to its rows by key, or to `FakeFeatures`.
 
     `models` maps a name to its script, or to several, which its calls take in turn. `join_key` is what
-    views given as rows are read by. `backend` stands for the scripts where a test has its own.
+    views given as rows are read by. `backend` stands for the scripts where a test has its own. `breaker` is
+    each one's, as in a job.
     """
 
     def __init__(
@@ -105,7 +133,7 @@ class FakeServices:
         features: Mapping[str, Rows | FakeFeatures] | None = None,
         backend: Backend | None = None,
         join_key: str = "user_id",
-        breaker: BreakerSettings = BreakerSettings(failures=0),  # noqa: B008 — frozen
+        breaker: BreakerSettings = BreakerSettings(),  # noqa: B008 — frozen
     ) -> None:
         self.backend = backend or ScriptedBackend(models or {})
         self._tables = {
@@ -113,7 +141,8 @@ class FakeServices:
             for name, rows in (features or {}).items()
         }
         self._clock: Callable[[], float] = time.monotonic
-        self.breakers = Breakers(breaker, lambda: self._clock())  # noqa: PLW0108 — `bind` exchanges it
+        self.breakers = self._new_breakers(breaker)
+        self.started = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host: WorkTable | None = None
         self._out: list[_Out] = []
@@ -146,8 +175,32 @@ class FakeServices:
         if name not in self._tables:
             raise ConfigError(unknown("features", name, self._tables))
         table = self._tables[name]
-        table.down = lambda: self.down(name)
+        table.serve(name, self)
         return table
+
+    def check(self, view: str) -> None:
+        """Raises CircuitOpen while a view is left alone."""
+        self._breaker(view).check()
+
+    def report(self, view: str) -> str | None:
+        """Why a view does not answer now, None if it does: its breaker hears of it."""
+        down = self.down(view)
+        self._breaker(view).report(None if down is None else Outage(down))
+        return down
+
+    async def probe(self, view: str) -> None:
+        """Looks for a view until it answers, as a `FeatureClient` does."""
+        while True:
+            await asyncio.sleep(self.breakers.settings.reset_s)
+            self._breaker(view).probing()
+            if self.report(view) is None:
+                return
+
+    def _breaker(self, view: str) -> Breaker:
+        return self.breakers.named(f"features.{view}")
+
+    def _new_breakers(self, settings: BreakerSettings) -> Breakers:
+        return Breakers(settings, lambda: self._clock())  # noqa: PLW0108 — `bind` exchanges it
 
     def _guarded(self, name: str) -> GuardedEngine:
         return GuardedEngine(self._connection, self.breakers.named(f"models.{name}"))
@@ -161,7 +214,8 @@ class FakeServices:
         """See `Services.outage_since`."""
         now = self._clock()
         since = [out.since for out in self._out if out.since <= now < out.until]
-        return min([*since, *filter(None, [self.breakers.outage_since])], default=None)
+        opened = self.breakers.outage_since
+        return min(since if opened is None else [*since, opened], default=None)
 
     def outage(self, seconds: float, of: str | None = None) -> None:
         """From now on, for `seconds`, a model or view, or all of them if None, is out; what it was saying ends."""
@@ -191,12 +245,15 @@ class FakeServices:
             while self.down(served.name) is not None:  # noqa: ASYNC110 — a test says how long
                 await asyncio.sleep(START_RETRY_S)
             await served.load()
+        self.started = True
 
     async def close(self) -> None:
         """See `Services.close`. What the models are saying goes on, unless `host_ends`: then it is cancelled."""
         self._connection.lose()
         self._connection = _Connection(self)
         self._served.clear()
+        self.started = False
+        self.breakers = self._new_breakers(self.breakers.settings)  # another worker's know of nothing that has failed
         if self.host_ends and self._host is not None:
             host, self._host, self._loop = self._host, None, None
             await host.close()

@@ -52,14 +52,15 @@ class VirtualLoop(KeptLoop):
     All that is ready at a moment runs before time goes on, to the next timer and no further: the same test
     runs the same way each time. While a job of `asyncio.to_thread` is under way no time passes. What waits
     for a socket or for a thread of its own is not seen, and its time not either: take real time for that.
+    The clock on the wall begins now, or at `since` where that is later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, since: float = 0.0) -> None:
         self._now = self._moment = 0.0
         self._pause: Callable[[], bool] = lambda: False
         self._elsewhere = self._asked = self._marked = self._rested = 0
         self._changed = threading.Condition()
-        self._began = round(time.time(), 3)
+        self._began = max(round(time.time(), 3), since)
         super().__init__(_Jumping(self._jump))
 
     def time(self) -> float:
@@ -67,7 +68,7 @@ class VirtualLoop(KeptLoop):
         return self._now
 
     def wall(self) -> float:
-        """As `time`, since the epoch: the loop was made at the real time."""
+        """As `time`, since the epoch."""
         return self._began + self._now
 
     def settle(self) -> None:
