@@ -1,5 +1,6 @@
 """Small models with random weights, one for each architecture that is served, as Hugging Face folders."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,18 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Qwen3": {**_DECODER, "head_dim": 32, "tie_word_embeddings": False},
     "Mistral": {**_DECODER, "sliding_window": 48},
     "Phi3": {**_DECODER, "original_max_position_embeddings": 512, "sliding_window": None},
+    "Phi3 LongRoPE": {
+        **_DECODER, "original_max_position_embeddings": 384, "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "longrope", "type": "longrope", "rope_theta": 10_000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [4.0] * 8,
+        },
+    },
     "Gemma": {**_DECODER, "head_dim": 32},
     "Gemma2": {**_DECODER, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 48},
     "Granite": {**_DECODER, "logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
-}
-"""Configurations by the prefix of their classes in transformers."""
+}  # fmt: skip
+"""Configurations by the prefix of their classes in transformers, and what else is theirs."""
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "Bert": {**_SMALL, "max_position_embeddings": 128},
@@ -74,14 +82,15 @@ def write_tokenizer(folder: Path, *, marks: bool = False) -> None:
 
 
 def decoder(folder: Path, kind: str, config: dict[str, Any] | None = None, seed: int = 1) -> Path:
-    """A folder of a random decoder: `kind` is a prefix such as Llama, `config` stands in for its small one."""
+    """A folder of a random decoder: `kind` is one of DECODERS, `config` stands in for its small one."""
     import torch
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    settings = getattr(transformers, f"{kind}Config")(**(config or DECODERS[kind]))
-    model = getattr(transformers, f"{kind}ForCausalLM")(settings)
+    prefix = kind.partition(" ")[0]
+    settings = getattr(transformers, f"{prefix}Config")(**copy.deepcopy(config or DECODERS[kind]))  # which it changes
+    model = getattr(transformers, f"{prefix}ForCausalLM")(settings)
     _vary(model)
     model.save_pretrained(folder)
     write_tokenizer(folder)

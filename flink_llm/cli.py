@@ -319,6 +319,7 @@ def export(
     For example: flink-llm export ./Llama-3.2-1B-Instruct --to models/llama
     """
     from flink_llm.engine.export import Order, export_model
+    from flink_llm.local.processes import cleaned_up
 
     lines = [line.strip() for line in texts or ()]
     folders: dict[str, Path] = {}
@@ -328,7 +329,8 @@ def export(
             raise click.BadParameter(f"{given!r}: say NAME=FOLDER, each name once", param_hint="--adapter")
         folders[adapter] = Path(folder)
     order = Order(name or to.name, precision, task, [line for line in lines if line], license_name, folders)
-    made = export_model(source, to, order, click.echo)
+    with cleaned_up(lambda: None):  # a signal ends it as an error does: what is half made goes
+        made = export_model(source, to, order, click.echo)
     click.echo(f"{to}: {made.precision}, {sum(file.bytes for file in made.files.values()):,} bytes, {made.parity}")
 
 

@@ -3,7 +3,13 @@
 import asyncio
 import json
 import resource
+import shutil
+import signal
 import string
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,7 @@ from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.encoder import Encoder
 from flink_llm.engine.engine import OnnxBackend
 from flink_llm.engine.export import Order, export_model
+from flink_llm.engine.export_auto import Rate, measure_rates
 from flink_llm.engine.export_source import open_source
 from flink_llm.engine.mixed import MixedRuns
 from flink_llm.engine.model import MIXED, open_model_folder
@@ -58,7 +65,7 @@ def test_a_decoder_says_what_its_original_says(kind: str, tmp_path: Path, monkey
         made = export_model(source, to, Order("tiny", precision))
 
         assert open_model_folder(to).manifest == made
-        assert (made.kind, made.precision, made.architecture) == ("decoder", precision, f"{kind}ForCausalLM")
+        assert (made.kind, made.precision, made.architecture) == ("decoder", precision, f"{kind.split()[0]}ForCausalLM")
         assert made.parity["greedy_match"] == 1.0
         assert made.parity["logit_difference"] <= parity.LARGEST_DIFFERENCE[precision]
         assert attention_scales(to) == {1.0}, "the scale of the scores is in the weights"
@@ -84,6 +91,35 @@ def attention_scales(folder: Path) -> set[float]:
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     attentions = [node for node in graph.node if node.op_type in ("GroupQueryAttention", "RotaryAttention")]
     return {each.f for node in attentions for each in node.attribute if each.name == "scale"}
+
+
+def test_longrope_is_served_as_far_as_its_short_factors_reach(tmp_path: Path) -> None:
+    """Beyond, its rotations would be those of the longest row of a run, whosever that is."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    source = small_models.decoder(tmp_path / "source", "Phi3 LongRoPE")
+    told: list[str] = []
+
+    made = export_model(source, tmp_path / "made", Order("tiny", "fp32"), told.append)
+
+    assert made.context_length == 384
+    assert told == ["source has 512 positions, 384 are served: LongRoPE's short factors"]
+    graph = onnx.load(tmp_path / "made" / "model.onnx", load_external_data=False).graph
+    assert "If" not in {node.op_type for node in graph.node}
+    tokens = [30 + i % 50 for i in range(384)]
+    decoder = Decoder(open_model_folder(tmp_path / "made"), device="cpu", threads=2, slots=2)
+    decoder.prefill(0, tokens[:200], 0)
+    read = decoder.prefill(0, tokens[200:383], 200).copy()
+    decoder.prefill(1, tokens[:5], 0)
+    short = decoder.step([1], tokens[5:6])[1].copy()
+    decoder.release(1)
+    decoder.prefill(1, tokens[:5], 0)
+    beside = decoder.step([0, 1], [tokens[383], tokens[5]])
+    original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        wanted = original(torch.tensor([tokens])).logits[0].numpy()
+    np.testing.assert_allclose([read, beside[0]], wanted[-2:], atol=1e-4)
+    np.testing.assert_allclose(beside[1], short, atol=1e-4)
 
 
 def test_a_manifest_says_what_the_model_is(llama: Path, tmp_path: Path) -> None:
@@ -139,6 +175,33 @@ def test_auto_takes_the_fastest_that_is_near_enough(llama: Path, tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
+def test_auto_goes_on_without_what_cannot_be_made(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("flink_llm.engine.export_auto.SECONDS", 0.05)
+    monkeypatch.setattr("flink_llm.engine.export_decoder._BLOCKS", (24,))
+    told: list[str] = []
+
+    made = export_model(llama, tmp_path / "tiny", Order("tiny"), told.append)
+
+    assert told[0].startswith("int4 is left out: llama could not be built: ")
+    assert {line.split()[0] for line in told[2:]} == {"int8", "fp32"}
+    assert made.precision in ("int8", "fp32")
+    with pytest.raises(ExportError, match="llama could not be built: "):
+        export_model(llama, tmp_path / "other", Order("tiny", "int4"))
+
+
+def test_what_cannot_be_timed_is_told(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("flink_llm.engine.export_auto.SECONDS", 0.05)
+    export_model(llama, tmp_path / "tiny", Order("tiny", "fp32"))
+
+    rate, error = measure_rates([tmp_path / "tiny", tmp_path / "nothing"])
+
+    assert isinstance(rate, Rate) and rate.mean > 0
+    assert "nothing is not a model folder" in str(error)
+    monkeypatch.setattr("flink_llm.engine.export_auto.PROMPT", 1_000_000)
+    with pytest.raises(ExportError, match="fp32 cannot be timed: "):
+        export_model(llama, tmp_path / "other", Order("tiny"))
+
+
 @pytest.mark.parametrize("kind", among(1, list(small_models.ENCODERS)))
 def test_an_encoders_vectors_are_its_originals(kind: str, tmp_path: Path) -> None:
     source = small_models.encoder(tmp_path / "source", kind)
@@ -166,6 +229,34 @@ def test_heads_are_told_by_their_architecture(head: str, labels: int, kind: str,
     assert made.kind == kind
     assert made.labels == ([f"LABEL_{i}" for i in range(labels)] if labels > 1 else [])
     assert made.parity["probability_shift"] <= parity.LARGEST_SHIFT["int8"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "scores"), [("multi_label_classification", "sigmoid"), ("single_label_classification", "softmax")]
+)
+def test_scores_are_as_the_classifier_was_taught(problem: str, scores: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    head = "ForSequenceClassification"
+    source = small_models.encoder(tmp_path / "source", "Bert", head, num_labels=3, problem_type=problem)
+
+    made = export_model(source, tmp_path / "made", Order("tiny", "int8"))
+
+    assert made.scores == scores
+    tokens = [0, 20, 21, 22, 2]
+    found = Encoder(open_model_folder(tmp_path / "made"), device="cpu", threads=1).run([tokens])[0]
+    original = transformers.AutoModelForSequenceClassification.from_pretrained(source).eval()
+    with torch.inference_mode():
+        logits = original(torch.tensor([tokens])).logits[0]
+    wanted = logits.sigmoid() if scores == "sigmoid" else logits.softmax(dim=-1)
+    np.testing.assert_allclose(found, wanted.numpy(), atol=parity.LARGEST_SHIFT["int8"])
+
+
+def test_a_regression_of_several_numbers_is_named(tmp_path: Path) -> None:
+    head = "ForSequenceClassification"
+    source = small_models.encoder(tmp_path / "source", "Bert", head, num_labels=3, problem_type="regression")
+    with pytest.raises(ExportError, match="source is a regression of 3 numbers, which cannot be served"):
+        export_model(source, tmp_path / "made", Order("tiny", "fp32"))
 
 
 def asked(folder: Path, kind: type, *work: Any) -> Any:
@@ -284,15 +375,21 @@ def test_real_sentence_embeddings(precision: str, bar: float, tmp_path: Path) ->
 def test_four_bits_come_in_long_blocks_where_those_are_near_enough(tmp_path: Path, monkeypatch) -> None:
     config = small_models.DECODERS["Llama"] | {"hidden_size": 128}
     wide = small_models.decoder(tmp_path / "wide", "Llama", config)
-    blocks = {}
+    blocks, differences = {}, []
     for name, coarse in [("near", 1.0), ("far", -1.0)]:
         monkeypatch.setattr(export, "COARSE", coarse)
         made = export_model(wide, tmp_path / name, Order("tiny", "int4"))
         graph = onnx.load(tmp_path / name / "model.onnx", load_external_data=False).graph
         product = next(node for node in graph.node if node.op_type in ("MatMulNBits", "BlockLinear"))
         blocks[name] = (made.parity["block"], onnx.helper.get_node_attr_value(product, "block_size"))
+        differences.append(made.parity["logit_difference"])
 
     assert blocks == {"near": (128, 128), "far": (32, 32)}
+
+    monkeypatch.setattr("flink_llm.engine.export_decoder._BLOCKS", (32, 128))
+    monkeypatch.setitem(parity.LARGEST_DIFFERENCE, "int4", float(np.mean(differences)))
+    made = export_model(wide, tmp_path / "kept", Order("tiny", "int4"))
+    assert made.parity["block"] == 32, "the first is coarse, and the second is not the original"
 
 
 def test_below_the_bar_nothing_is_left(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +422,30 @@ def test_a_template_that_comes_out_differently_is_refused(tmp_path: Path) -> Non
         export_model(source, tmp_path / "made", Order("tiny", "fp32"))
 
 
+DATED = (
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+    "{% generation %}<|user|>{{ m.content }}<|end|>{% endgeneration %}{% endfor %}"
+)
+
+
+def test_a_template_may_tell_the_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of an export that midnight goes by in."""
+    source = small_models.decoder(tmp_path / "source", "Llama")
+    (source / "chat_template.jinja").write_text(DATED)
+    moments = [datetime.now() - timedelta(days=1)]
+
+    class Midnight(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return moments.pop() if moments else datetime.now(tz)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Midnight)
+
+    made = export_model(source, tmp_path / "made", Order("tiny", "fp32"))
+
+    assert "chat_template.jinja" in made.files and not moments
+
+
 def test_a_folder_that_cannot_be_built_leaves_nothing(llama: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -336,6 +457,64 @@ def test_a_folder_that_cannot_be_built_leaves_nothing(llama: Path, tmp_path: Pat
         export_model(broken, tmp_path / "tiny", Order("tiny", "fp32"))
 
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("model.safetensors", None, "broken cannot be read by transformers: .*no file named model.safetensors"),
+        ("model.safetensors", b"no weights", "broken cannot be read by transformers: Error while deserializing header"),
+        ("tokenizer_config.json", b"{", "broken cannot be read by transformers: "),
+        ("config.json", b"[]", "is not a Hugging Face folder: config.json holds no object"),
+    ],
+)
+def test_an_encoder_that_cannot_be_read_is_named(
+    bert: Path, tmp_path: Path, name: str, content: bytes | None, why: str
+) -> None:
+    broken = shutil.copytree(bert, tmp_path / "broken")
+    (broken / name).unlink()
+    if content is not None:
+        (broken / name).write_bytes(content)
+
+    with pytest.raises(ExportError, match=why) as raised:
+        export_model(broken, tmp_path / "made", Order("tiny", "fp32"))
+
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def changed(source: Path, to: Path, **config: Any) -> Path:
+    """The source with another configuration, None for what it shall not have."""
+    shutil.copytree(source, to)
+    says = json.loads((source / "config.json").read_text()) | config
+    (to / "config.json").write_text(json.dumps({name: value for name, value in says.items() if value is not None}))
+    return to
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "vocab_size", "max_position_embeddings", "num_hidden_layers"])
+def test_a_size_that_is_missing_is_named(llama: Path, bert: Path, tmp_path: Path, size: str) -> None:
+    for source in (llama, bert) if size in ("vocab_size", "max_position_embeddings") else (llama,):
+        broken = changed(source, tmp_path / source.name, **{size: None})
+        with pytest.raises(ExportError, match=f"{source.name} has no {size} in its config.json"):
+            export_model(broken, tmp_path / "made", Order("tiny"))
+
+
+def test_heads_that_attention_cannot_take_are_named(llama: Path, tmp_path: Path) -> None:
+    for name, config, size in (("few", {"head_dim": None, "num_attention_heads": 8}, 8), ("odd", {"head_dim": 40}, 40)):
+        source = changed(llama, tmp_path / name, **config)
+        with pytest.raises(ExportError, match=f"{name} has heads of size {size}: multiples of 16 can be served"):
+            export_model(source, tmp_path / "made", Order("tiny"))
+
+
+def test_a_graph_that_is_not_understood_is_one_line(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    def fails(*given: Any) -> bool:
+        raise ValueError("queries has no fixed size\nand more")
+
+    monkeypatch.setattr("flink_llm.engine.export_decoder.mix", fails)
+    why = r"llama could not be built: ValueError: queries has no fixed size\Z"
+    with pytest.raises(ExportError, match=why):
+        export_model(llama, tmp_path / "tiny", Order("tiny", "fp32"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_stands_there_is_never_overwritten(llama: Path, tmp_path: Path) -> None:
@@ -380,6 +559,34 @@ def test_no_hugging_face_folder_is_named(tmp_path: Path) -> None:
         open_source(tmp_path).need_tokenizer()
     with pytest.raises(ExportError, match="neither a folder nor the id of a model"):
         open_source("../a/path/to/nothing")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_ended_leaves_nothing(llama: Path, tmp_path: Path, signum: int) -> None:
+    command = [sys.executable, "-m", "flink_llm", "export", str(llama), "--to", str(tmp_path / "tiny")]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not any(path.is_file() for path in tmp_path.rglob("*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    child.send_signal(signum)
+
+    assert child.wait(60) == 128 + signum
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_of_one_token_have_no_perplexity(llama: Path, tmp_path: Path) -> None:
+    made = export_model(llama, tmp_path / "tiny", Order("tiny", "fp32", texts=["a", "b"]))
+
+    assert made.parity["greedy_match"] == 1.0
+    assert "perplexity_change" not in made.parity
+
+
+def test_texts_without_a_token_are_named(tmp_path: Path) -> None:
+    for source in (small_models.decoder(tmp_path / "llama", "Llama"), small_models.encoder(tmp_path / "bert", "Bert")):
+        write_word_pieces(source / "tokenizer.json")
+        (source / "chat_template.jinja").unlink(missing_ok=True)
+        with pytest.raises(ExportError, match=f"no text to compare: none of 2 has a token of {source.name}"):
+            export_model(source, tmp_path / "made", Order("tiny", "fp32", texts=["\u2003", "\u2003 "]))
 
 
 def test_the_command_says_what_it_made(llama: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Prompts: what transformers would make of them, and nothing that a user could put into them."""
 
+import datetime
 import json
 from typing import Any
 
@@ -143,6 +144,23 @@ def test_features_as_json_hold_any_text(tokenizer: Tokenizer, note: str, deep: s
     assert json.loads(tokenizer.decode(prompts.chat([say("x")], features))) == features
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (b"x</s>", "x</s>"),
+        (b"\xff</s>", "\N{REPLACEMENT CHARACTER}</s>"),
+        (ValueError("x</s>"), "x</s>"),
+        (datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC), "2024-01-02 00:00:00+00:00"),
+    ],
+    ids=["bytes", "no UTF-8", "an object", "a time"],
+)
+def test_a_feature_of_any_type_is_text_without_special_tokens(tokenizer: Tokenizer, value: Any, text: str) -> None:
+    prompts = Prompts("{{ features.x[0] }}|{{ features | tojson }}", tokenizer, {})
+    tokens = prompts.chat([say("x")], {"x": [value]})
+    assert tokenizer.token("</s>") not in tokens
+    assert tokenizer.decode(tokens) == text + "|" + json.dumps({"x": [text]}, ensure_ascii=False)
+
+
 def test_json_within_json_is_escaped_twice(tokenizer: Tokenizer) -> None:
     prompts = Prompts('{{ {"inner": features | tojson} | tojson }}', tokenizer, {})
     found = json.loads(tokenizer.decode(prompts.chat([say("x")], {"note": 'a "quoted" \\ text'})))
@@ -185,6 +203,25 @@ def test_a_template_that_does_not_parse_is_the_folders_fault(tokenizer: Tokenize
     for template in ("{% for %}", b"\xff"):
         with pytest.raises(ModelFolderError, match=r"chat_template\.jinja does not parse"):
             Prompts(template, tokenizer, {})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if loop.last %}{% continue %}{% endif %}{{ m.content }}{% endfor %}.",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}.",
+        "{% set x = 1 %}{% generation %}\n{% set x = 2 %}{{ messages[0].content }}{{ x }}{% endgeneration %}\n{{ x }}",
+        "{{ strftime_now('%Y %j') }}{{ messages[0].content }}",
+        "{{ tools is none }}{{ documents is none }}{{ messages[0].content }}",
+    ],
+    ids=["continue", "break", "generation", "date", "tools"],
+)
+def test_a_template_has_what_transformers_gives_it(template: str) -> None:
+    messages = [say("who"), say("me")]
+    theirs, prompts = reference(TOKENIZERS["byte level"], template), ours(TOKENIZERS["byte level"], template)
+    before = theirs.apply_chat_template(messages, return_dict=False)
+    found = prompts.chat(messages, None)
+    assert found in (before, theirs.apply_chat_template(messages, return_dict=False))  # the date may have changed
 
 
 def test_a_folder_without_a_template_does_not_chat(tokenizer: Tokenizer) -> None:

@@ -180,6 +180,24 @@ def test_without_the_head_the_matrix_of_the_logits_stays(tied, tmp_path):
     np.testing.assert_array_equal(run(tmp_path / "made" / "model.onnx", input_ids=ids)[0], run(tied, input_ids=ids)[0])
 
 
+def test_the_head_stays_behind_what_scales_and_caps_its_logits(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["inner"], name="body"),
+        helper.make_node("MatMul", ["inner", "head"], ["product"], name="head"),
+        helper.make_node("Div", ["product", "cap"], ["small"]),
+        helper.make_node("Tanh", ["small"], ["capped"]),
+        helper.make_node("Mul", ["capped", "cap"], ["logits"]),
+    ]
+    weights = {"w": random(WIDTH, WIDTH), "head": random(WIDTH, VOCABULARY), "cap": np.array(30, np.float32)}
+    source = graph(
+        tmp_path / "source", nodes, weights, {"x": ["rows", WIDTH]}, {"logits": ["rows", VOCABULARY], "inner": None}
+    )
+
+    assert quantize_rows(source, tmp_path / "made", EightBits(head=False)) == 1
+    made = load(tmp_path / "made" / "model.onnx")
+    assert [node.name for node in made.graph.node if node.op_type == "MatMul"] == ["head"]
+
+
 def test_products_of_two_inputs_are_left_alone(tmp_path):
     nodes = [helper.make_node("MatMul", ["x", "z"], ["y"])]
     source = graph(tmp_path, nodes, {}, {"x": ["rows", WIDTH], "z": [WIDTH, "columns"]}, {"y": ["rows", "columns"]})

@@ -65,6 +65,26 @@ def test_a_text_is_cut_to_its_first_tokens(tokenizer, text, limit):
 
 
 @pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A tokenizer like BERT's: spaces are no tokens, and a word that is too long is one, unknown."""
+    from tokenizers import Tokenizer as HfTokenizer
+    from tokenizers import models, pre_tokenizers
+
+    vocabulary = ["<unk>", *"abc", *(f"##{letter}" for letter in "abc")]
+    numbers = {token: i for i, token in enumerate(vocabulary)}
+    made = HfTokenizer(models.WordPiece(numbers, unk_token="<unk>", max_input_chars_per_word=4))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return Tokenizer(made.to_str().encode())
+
+
+@pytest.mark.parametrize("text", [" " * 999 + "ab c", ("a" * 50 + " ") * 15 + "c", "ab" + " " * 97 + "abc " * 20])
+def test_a_text_is_cut_by_its_tokens_however_long_they_are(words, text):
+    for limit in range(4, 12):
+        assert words.encode_marked(text, limit) == words.encode_text(text)[:limit]
+        assert words.encode_pair("a", text, limit + 1)[0] == [1, *words.encode_text(text)[:limit]]
+
+
+@pytest.fixture(scope="module")
 def marked(tmp_path_factory):
     """A tokenizer with marks like BERT's, ours and the library's own."""
     from tokenizers import Tokenizer as HfTokenizer

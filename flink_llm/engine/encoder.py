@@ -89,7 +89,7 @@ class Encoder:
                 return [_softmax(logits[: len(tokens)]) for logits, tokens in zip(output, texts, strict=True)]
             case "reranker":
                 return _sigmoid(output)
-        return _softmax(output)
+        return _sigmoid(output) if self._manifest.scores == "sigmoid" else _softmax(output)
 
     def _pool(self, hidden: NDArray[np.float32], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """[texts, tokens, dimension] to [texts, dimension]."""

@@ -12,11 +12,18 @@ from typing import Any, Literal
 
 from flink_llm.engine import export_decoder as decoders
 from flink_llm.engine import export_encoder as encoders
-from flink_llm.engine.export_auto import measure_rates
+from flink_llm.engine.export_auto import Rate, measure_rates
 from flink_llm.engine.export_encoder import Task
 from flink_llm.engine.export_peft import merged, read_peft
 from flink_llm.engine.export_prompts import check_prompts, open_prompts
-from flink_llm.engine.export_source import NEEDS, Source, open_source
+from flink_llm.engine.export_source import (
+    NEEDS,
+    PrecisionError,
+    Source,
+    first_line,
+    open_source,
+    read_by_transformers,
+)
 from flink_llm.engine.model import MIXED, MIXED_MB, Manifest, ModelFolder, held_twice, open_model_folder, write_manifest
 from flink_llm.engine.parity import (
     LARGEST_DIFFERENCE,
@@ -31,7 +38,8 @@ from flink_llm.engine.parity import (
     refer,
 )
 from flink_llm.engine.quantize import EightBits, Form
-from flink_llm.errors import ExportError, FlinkLlmError, ModelFolderError
+from flink_llm.engine.tokenizer import Tokenizer
+from flink_llm.errors import ExportError, FlinkLlmError
 
 log = logging.getLogger(__name__)
 __all__ = ["LARGEST_DIFFERENCE", "Order", "Precision", "Task", "export_decoder", "export_model"]
@@ -39,6 +47,8 @@ __all__ = ["LARGEST_DIFFERENCE", "Order", "Precision", "Task", "export_decoder",
 COARSE = 0.05
 """A gain of perplexity beyond which int4 is tried in shorter blocks."""
 Precision = Literal["auto", "fp32", "fp16", "int8", "int4"]
+_Measure = Callable[[ModelFolder], dict[str, Any]]
+"""What `parity` a folder has in its manifest."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,9 @@ def export_model(
 ) -> Manifest:
     """Exports a local Hugging Face folder or a hub id, with its tokenizer; `to` must not exist.
 
-    With precision `auto` every candidate is built, those that are not the original are left out, and the
-    fastest on this machine is taken; `tell` hears of each. Raises ExportError: architecture not served,
-    tools missing, disk full, or below the bar. No half folder is left behind.
+    With precision `auto` every candidate is built, those that are not the original or cannot be run are left out,
+    and the fastest on this machine is taken; `tell` hears of each, and of a context that is cut. Raises
+    ExportError: architecture not served, tools missing, disk full, or below the bar. No half folder is left behind.
     """
     if to.exists():
         raise ExportError(f"{to} exists already: choose another folder, or remove it")
@@ -89,6 +99,8 @@ def export_model(
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
             exporter = _exporter(opened, order, Path(scratch))
+            if exporter.note:
+                tell(exporter.note)
             made = _fastest(exporter, tell) if order.precision == "auto" else exporter.make(order.precision)
             if made.faults:
                 raise ExportError(made.refusal)
@@ -99,22 +111,43 @@ def export_model(
 
 
 def _fastest(exporter: "_Exporter", tell: Callable[[str], None]) -> _Made:
-    made = [exporter.make(precision) for precision in exporter.candidates]
-    for each in made:
-        if each.faults:
-            tell(each.refusal)
+    made, left_out = _candidates(exporter, tell)
     candidates = [each for each in made if not each.faults]
-    if not candidates:
+    if made and not candidates:
         return made[-1]
-    rates = measure_rates([made.folder for made in candidates])
-    best = max(range(len(rates)), key=lambda i: rates[i].mean)
+    timed: list[tuple[_Made, Rate]] = []
+    for each, rate in zip(candidates, measure_rates([each.folder for each in candidates]), strict=True):
+        if isinstance(rate, Rate):
+            timed.append((each, rate))
+        else:
+            left_out = f"{each.manifest.precision} cannot be timed: {first_line(rate)}"
+            tell(left_out)
+    if not timed:
+        raise ExportError(left_out)
+    best, _ = max(timed, key=lambda pair: pair[1].mean)
     tell(f"{'':5}  {'MB':>8}  {'1 alone':>9}  {'of 16':>9}  {exporter.unit}/s")
-    for i, (each, rate) in enumerate(zip(candidates, rates, strict=True)):
+    for each, rate in timed:
         manifest = each.manifest
         size = sum(file.bytes for file in manifest.files.values()) / 1e6
-        chosen = "  chosen" if i == best else ""
+        chosen = "  chosen" if each is best else ""
         tell(f"{manifest.precision:5}  {size:8.1f}  {rate.alone:9.1f}  {rate.together:9.1f}{chosen}")
-    return candidates[best]
+    return best
+
+
+def _candidates(exporter: "_Exporter", tell: Callable[[str], None]) -> tuple[list[_Made], str]:
+    """Those that can be made and run, and why the last of the others cannot."""
+    made: list[_Made] = []
+    left_out = ""
+    for precision in exporter.candidates:
+        try:
+            made.append(exporter.make(precision))
+        except PrecisionError as error:
+            left_out = f"{precision} is left out: {error}"
+            tell(left_out)
+        else:
+            if made[-1].faults:
+                tell(made[-1].refusal)
+    return made, left_out
 
 
 class _Exporter:
@@ -123,6 +156,8 @@ class _Exporter:
     unit = "texts"
     candidates: tuple[str, ...] = ("int8", "fp32")
     """What `auto` tries. Not fp16: the CPU computes it in fp32 anyway, with casts."""
+    note = ""
+    """What a person should know of every precision."""
 
     def __init__(self, source: Source, order: Order, scratch: Path) -> None:
         self._source = source
@@ -133,27 +168,47 @@ class _Exporter:
     def make(self, precision: str) -> _Made:
         """A measured folder, of the precision's first form that is near enough, else of the last.
 
-        Raises ExportError for what cannot be built or opened.
+        Raises ExportError for what cannot be built or opened, PrecisionError where that is the precision's fault.
         """
         first, *others = self._forms(precision)
         made = self._make(precision, first)
         for form in others:
             if made.faults or _is_coarse(made):
-                made = self._make(precision, form)
+                other = self._make(precision, form)
+                made = made if other.faults and not made.faults else other
         return made
 
     def _forms(self, precision: str) -> Sequence[Form]:
         return (EightBits(), EightBits("unsigned")) if precision == "int8" else (None,)
 
     def _make(self, precision: str, form: Form) -> _Made:
+        folder = self._folder(precision)
+        try:
+            fields, measure = self._build(folder, precision, form)
+        except (FlinkLlmError, OSError):
+            raise
+        except Exception as error:  # a graph that our own passes do not understand
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise PrecisionError(f"{self._source.name} could not be built: {reason}") from error
+        return self._finish(folder, {**fields, "precision": precision}, form, measure)
+
+    def _build(self, folder: Path, precision: str, form: Form) -> tuple[dict[str, Any], _Measure]:
+        """Fills a folder; what its manifest says, and how it is measured."""
         raise NotImplementedError
+
+    def _read(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """The tokens of the texts that have some. Raises ExportError where none has."""
+        tokens = [tokens for text in self._texts if (tokens := tokenizer.encode_marked(text))]
+        if not tokens:
+            raise ExportError(f"no text to compare: none of {len(self._texts)} has a token of {self._source.name}")
+        return tokens
 
     def _folder(self, precision: str) -> Path:
         folder = self._scratch / f"{precision}-{sum(1 for _ in self._scratch.iterdir())}"
         folder.mkdir()
         return folder
 
-    def _finish(self, folder: Path, fields: dict[str, Any], form: Form, measure: Callable[[ModelFolder], Any]) -> _Made:
+    def _finish(self, folder: Path, fields: dict[str, Any], form: Form, measure: _Measure) -> _Made:
         """Opens what was built as users will, measures it, and writes down how it came out."""
         fields |= {
             "name": self._order.name,
@@ -166,13 +221,13 @@ class _Exporter:
             parity = measure(open_model_folder(folder))
             parity |= form.said() if form else {}
             return _Made(folder, write_manifest(folder, **fields, parity=parity), _faults(fields["precision"], parity))
-        except ModelFolderError as error:
-            raise ExportError(str(error)) from error
-        except (FlinkLlmError, OSError):
+        except (ExportError, OSError):
             raise
+        except FlinkLlmError as error:
+            raise PrecisionError(str(error)) from error
         except Exception as error:  # ONNX Runtime's errors share no base class, and torch's come from anywhere
-            reason = str(error).strip().partition("\n")[0]
-            raise ExportError(f"{self._source.name} was built, and cannot be run: {reason}") from error
+            reason = first_line(error)
+            raise PrecisionError(f"{self._source.name} was built, and cannot be run: {reason}") from error
 
 
 def _is_coarse(made: _Made) -> bool:
@@ -198,6 +253,9 @@ class _DecoderExporter(_Exporter):
 
     def __init__(self, source: Source, order: Order, scratch: Path) -> None:
         super().__init__(source, order, scratch)
+        length, positions = decoders.sizes(source)["context_length"], source.number("max_position_embeddings")
+        if length < positions:
+            self.note = f"{source.name} has {positions} positions, {length} are served: LongRoPE's short factors"
         self._adapters = [read_peft(name, folder) for name, folder in order.adapters.items()]
         self._references: dict[str, Reference] = {}
 
@@ -207,10 +265,8 @@ class _DecoderExporter(_Exporter):
         last = (EightBits("unsigned", head=False),) if precision == "int8" else ()
         return (*super()._forms(precision), *last)
 
-    def _make(self, precision: str, form: Form) -> _Made:
-        folder = self._folder(precision)
+    def _build(self, folder: Path, precision: str, form: Form) -> tuple[dict[str, Any], _Measure]:
         fields = decoders.build_decoder(self._source, folder, self._scratch, precision, form, self._adapters)
-        fields |= {"kind": "decoder", "precision": precision}
 
         def measure(opened: ModelFolder) -> dict[str, Any]:
             references = self._refer(opened)
@@ -225,7 +281,7 @@ class _DecoderExporter(_Exporter):
                     (folder / MIXED).unlink()
             return {**alone, "adapters": measured} if measured else alone
 
-        return self._finish(folder, fields, form, measure)
+        return {**fields, "kind": "decoder"}, measure
 
     def _refer(self, opened: ModelFolder) -> dict[str, Reference]:
         """The original alone, by "", and with each adapter in its weights, by that one's name."""
@@ -235,11 +291,11 @@ class _DecoderExporter(_Exporter):
 
             check_prompts(self._source.folder, opened)
             tokenizer, prompts = open_prompts(opened)
-            plain = [tokenizer.encode_marked(text) for text in self._texts]
+            plain = self._read(tokenizer)
             asked = list(plain)
             if "chat_template.jinja" in opened.files:
                 asked += [prompts.chat([{"role": "user", "content": text}], None) for text in self._texts]
-            with encoders.hushed():
+            with encoders.hushed(), read_by_transformers(self._source.name):
                 original = AutoModelForCausalLM.from_pretrained(self._source.folder, dtype=torch.float32).eval()
             asked = [tokens for tokens in asked if tokens]
             self._references[""] = refer(original, asked, plain)
@@ -253,22 +309,20 @@ class _EncoderExporter(_Exporter):
     def __init__(self, source: Source, order: Order, scratch: Path) -> None:
         super().__init__(source, order, scratch)
         self._task = encoders.task_of(source, order.task)
+        self._fields = {**encoders.fields_of(source, self._task), "kind": self._task}
         self._original: Any = None
 
-    def _make(self, precision: str, form: Form) -> _Made:
-        folder = self._folder(precision)
-        fields = encoders.build_encoder(self._source, folder, self._scratch, precision, self._task, form)
-        fields |= {"kind": self._task, "precision": precision}
+    def _build(self, folder: Path, precision: str, form: Form) -> tuple[dict[str, Any], _Measure]:
+        encoders.build_encoder(self._source, folder, self._scratch, precision, self._task, form)
 
         def measure(opened: ModelFolder) -> dict[str, Any]:
             if self._original is None:
                 check_prompts(self._source.folder, opened)
                 self._original = encoders.load_original(self._source, self._task)
             tokenizer, _ = open_prompts(opened)
-            tokens = [tokenizer.encode_marked(text) for text in self._texts]
-            return measure_encoder(opened, self._original, [each for each in tokens if each], self._task)
+            return measure_encoder(opened, self._original, self._read(tokenizer), self._task)
 
-        return self._finish(folder, fields, form, measure)
+        return self._fields, measure
 
 
 def _exporter(source: Source, order: Order, scratch: Path) -> _Exporter:

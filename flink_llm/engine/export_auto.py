@@ -35,16 +35,26 @@ class Rate:
         return math.sqrt(self.alone * self.together)
 
 
-def measure_rates(folders: Sequence[Path]) -> list[Rate]:
-    """Medians over rounds that take turns, since a machine's speed drifts by more than precisions differ."""
+def measure_rates(folders: Sequence[Path]) -> list[Rate | Exception]:
+    """Medians over rounds that take turns, since a machine's speed drifts by more than precisions differ; or the
+    error of a folder that cannot be run."""
     found: list[list[list[float]]] = [[[] for _ in BATCHES] for _ in folders]
+    errors: dict[int, Exception] = {}
     for _ in range(ROUNDS):
-        for folder, rates in zip(folders, found, strict=True):
-            opened = open_model_folder(folder)
-            run = _decoding(opened) if opened.manifest.kind == "decoder" else _encoding(opened)
-            for batch, seen in zip(BATCHES, rates, strict=True):
-                seen.append(batch / _seconds(partial(run, batch)))
-    return [Rate(*(statistics.median(seen) for seen in rates)) for rates in found]
+        for number in set(range(len(folders))) - set(errors):
+            try:
+                _measure(folders[number], found[number])
+            except Exception as error:  # ONNX Runtime's errors share no base class
+                errors[number] = error
+    return [errors.get(i) or Rate(*(statistics.median(seen) for seen in rates)) for i, rates in enumerate(found)]
+
+
+def _measure(folder: Path, rates: list[list[float]]) -> None:
+    """One round of a folder, for each of the batches."""
+    opened = open_model_folder(folder)
+    run = _decoding(opened) if opened.manifest.kind == "decoder" else _encoding(opened)
+    for batch, seen in zip(BATCHES, rates, strict=True):
+        seen.append(batch / _seconds(partial(run, batch)))
 
 
 def _decoding(folder: ModelFolder) -> Callable[[int], Any]:

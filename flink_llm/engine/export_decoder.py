@@ -10,15 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from flink_llm.engine.export_adapters import add_adapters
 from flink_llm.engine.export_fused import fuse
 from flink_llm.engine.export_logits import slice_logits
 from flink_llm.engine.export_mixed import mix
 from flink_llm.engine.export_peft import PeftAdapter
 from flink_llm.engine.export_scale import fold_scale
-from flink_llm.engine.export_source import NEEDS, Source
+from flink_llm.engine.export_source import NEEDS, PrecisionError, Source, first_line, read_by_transformers
 from flink_llm.engine.model import MIXED, adapter_file
-from flink_llm.engine.quantize import EightBits, Form, FourBits, quantize_rows
+from flink_llm.engine.quantize import EightBits, Form, FourBits, quantize_rows, sweep
 from flink_llm.errors import ExportError
 
 SERVED = (
@@ -36,13 +38,43 @@ _BLOCKS = (128, 32)
 """Of int4, the faster first: a product reads its weights and their scales, and unpacks each block by itself."""
 _MIXED = ("fp32", "int8")
 """Not fp16, which is for GPUs, nor int4, whose numbers would change by it, see ADR 36."""
+_HEAD = 16
+"""Of what a head's size is a multiple: ONNX Runtime's attention takes no other."""
+_LONG_ROPE = ("longrope", "su")
+"""By its names in transformers, now and once."""
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _building = threading.Lock()
 
 
 def int4_forms(source: Source) -> list[FourBits]:
     """To be tried in turn; a block is no longer than the rows of the smallest product."""
-    return [FourBits(block) for block in _BLOCKS if block <= max(_BLOCKS[-1], int(source.config["hidden_size"]))]
+    return [FourBits(block) for block in _BLOCKS if block <= max(_BLOCKS[-1], source.number("hidden_size"))]
+
+
+def sizes(source: Source) -> dict[str, int]:
+    """What a manifest says of them. Raises ExportError for one that is missing, or cannot be served."""
+    heads, hidden = source.number("num_attention_heads"), source.number("hidden_size")
+    head_dim = int(source.config.get("head_dim") or hidden // heads)
+    if head_dim % _HEAD:
+        raise ExportError(f"{source.name} has heads of size {head_dim}: multiples of {_HEAD} can be served")
+    return {
+        "context_length": _context(source),
+        "vocab_size": source.number("vocab_size"),
+        "num_layers": source.number("num_hidden_layers"),
+        "num_kv_heads": int(source.config.get("num_key_value_heads") or heads),
+        "head_dim": head_dim,
+    }
+
+
+def _context(source: Source) -> int:
+    """The longest text; of LongRoPE that of its short factors. Where a text outgrows them, all of its positions are
+    rotated by others, those that the cache holds too."""
+    positions = source.number("max_position_embeddings")
+    rope = source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) not in _LONG_ROPE:
+        return positions
+    short = source.config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return min(positions, int(short or positions))
 
 
 def build_decoder(
@@ -58,16 +90,19 @@ def build_decoder(
     `scratch` keeps what other precisions may use again, `form` is that of int8 or int4. Raises ExportError for
     what cannot be built.
     """
-    heads = int(source.config["num_attention_heads"])
-    head_dim = int(source.config.get("head_dim") or source.config["hidden_size"] // heads)
+    fields = sizes(source)
+    head_dim = fields["head_dim"]
     base = "fp32" if precision == "int8" else precision
     block = form.block if isinstance(form, FourBits) else None
     built = scratch / f"built-{base}{block or ''}"
     if not built.exists():
-        _build(source, built, base, block)
-        scales = {} if base == "fp16" else fold_scale(built / "model.onnx", head_dim)
+        half = scratch / f"half-{built.name}"
+        shutil.rmtree(half, ignore_errors=True)
+        _build(source, half, base, block)
+        scales = {} if base == "fp16" else fold_scale(half / "model.onnx", head_dim)
         if adapters:
-            add_adapters(built / "model.onnx", adapters, source.config, scales)
+            add_adapters(half / "model.onnx", adapters, source.config, scales)
+        half.rename(built)
     if isinstance(form, EightBits):
         quantize_rows(built / "model.onnx", made, form)
     else:
@@ -84,11 +119,7 @@ def build_decoder(
     settings = json.loads((built / "genai_config.json").read_text())["model"]
     ends = settings.get("eos_token_id")
     return {
-        "context_length": int(source.config["max_position_embeddings"]),
-        "vocab_size": int(source.config["vocab_size"]),
-        "num_layers": int(source.config["num_hidden_layers"]),
-        "num_kv_heads": int(source.config.get("num_key_value_heads") or heads),
-        "head_dim": head_dim,
+        **fields,
         "eos_token_ids": ends if isinstance(ends, list) else [] if ends is None else [ends],
         "special_tokens": special,
         "adapters": [adapter.name for adapter in adapters],
@@ -111,7 +142,9 @@ def _build(source: Source, to: Path, precision: str, block: int | None) -> None:
             _say_windows(parsed["hf_details"]["hf_config"])
             builder.create_model(None, *where, **parsed)
         except Exception as error:  # the builder raises whatever torch and transformers raise
-            raise ExportError(f"{source.name} could not be built: {type(error).__name__}: {error}") from error
+            kind = ExportError if precision == "fp32" else PrecisionError  # fp32 is what int8 is made of, too
+            raise kind(f"{source.name} could not be built: {type(error).__name__}: {first_line(error)}") from error
+    _keep_short(to / "model.onnx")
     slice_logits(to / "model.onnx")
 
 
@@ -119,6 +152,31 @@ def _say_windows(config: Any) -> None:
     """The builder believes `layer_types` alone, and would drop the window of models that have it everywhere."""
     if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+
+
+def _keep_short(path: Path) -> None:
+    """LongRoPE's graph chooses rotations by the longest row of a run, for all of them: here the short ones stay."""
+    model = ir.load(path)
+    graph = model.graph
+    chosen = [node for node in graph if node.op_type == "If"]
+    if not chosen:
+        return
+    for node in chosen:
+        for old, short in zip(node.outputs, node.attributes["else_branch"].as_graph().outputs, strict=True):
+            tensor = _constant(short)
+            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+            new = ir.Value(name=old.name, const_value=tensor, shape=shape, type=kind)
+            old.replace_all_uses_with(new)
+            graph.register_initializer(new)
+    sweep(graph)
+    ir.save(model, path)  # what lies outside of the graph's file stays where it is
+
+
+def _constant(value: ir.Value) -> ir.TensorProtocol:
+    node = value.producer()
+    if node is None or node.op_type != "Constant":
+        raise ValueError(f"{value.name} is no constant")
+    return node.attributes["value"].as_tensor()
 
 
 @contextlib.contextmanager
@@ -141,7 +199,8 @@ def _texts(source: Source, made: Path) -> dict[str, str]:
     for name in ("tokenizer.json", "README.md"):
         if (source.folder / name).exists():
             shutil.copyfile(source.folder / name, made / name)
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    with read_by_transformers(source.name):
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")

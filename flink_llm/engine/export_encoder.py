@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from flink_llm.engine.export_source import NEEDS, Source
+from flink_llm.engine.export_source import NEEDS, Source, first_line, read_by_transformers
 from flink_llm.engine.quantize import EightBits, Form, quantize_rows
 from flink_llm.errors import ExportError
 
@@ -50,8 +50,25 @@ def task_of(source: Source, asked: Task | None) -> Task:
     return task
 
 
-def build_encoder(source: Source, made: Path, scratch: Path, precision: str, task: Task, form: Form) -> dict[str, Any]:
-    """Fills the folder `made` with graph and tokenizer; the fields of its manifest.
+def fields_of(source: Source, task: Task) -> dict[str, Any]:
+    """What a manifest says of it. Raises ExportError for what is missing, or cannot be served."""
+    pooling, normalize = _pooling(source)
+    labels = _labels(source) if task in ("classifier", "token_classifier") else []
+    problem = source.config.get("problem_type") if task == "classifier" else None
+    if problem == "regression":
+        raise ExportError(f"{source.name} is a regression of {len(labels)} numbers, which cannot be served")
+    return {
+        "context_length": _context(source),
+        "vocab_size": source.number("vocab_size"),
+        "labels": labels,
+        "scores": "sigmoid" if problem == "multi_label_classification" else "softmax",
+        "pooling": pooling,
+        "normalize": normalize,
+    }
+
+
+def build_encoder(source: Source, made: Path, scratch: Path, precision: str, task: Task, form: Form) -> None:
+    """Fills the folder `made` with graph and tokenizer.
 
     `scratch` keeps what other precisions may use again, `form` is that of int8. Raises ExportError for what
     cannot be built.
@@ -68,18 +85,10 @@ def build_encoder(source: Source, made: Path, scratch: Path, precision: str, tas
     for name in ("tokenizer.json", "README.md"):
         if (source.folder / name).exists():
             shutil.copyfile(source.folder / name, made / name)
-    pooling, normalize = _pooling(source)
-    return {
-        "context_length": _context(source),
-        "vocab_size": int(source.config["vocab_size"]),
-        "labels": _labels(source) if task in ("classifier", "token_classifier") else [],
-        "pooling": pooling,
-        "normalize": normalize,
-    }
 
 
 def load_original(source: Source, task: Task) -> Any:
-    """The original in torch, fp32, with the attention that can be exported."""
+    """The original in torch, fp32, with the attention that can be exported. Raises ExportError."""
     import torch
     import transformers
 
@@ -87,7 +96,7 @@ def load_original(source: Source, task: Task) -> Any:
         "embedding": transformers.AutoModel,
         "token_classifier": transformers.AutoModelForTokenClassification,
     }.get(task, transformers.AutoModelForSequenceClassification)
-    with hushed():
+    with hushed(), read_by_transformers(source.name):
         model = kind.from_pretrained(source.folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
 
@@ -144,7 +153,9 @@ def _export(source: Source, to: Path, task: Task, *, half: bool) -> None:
         except OSError:
             raise
         except Exception as error:  # torch's exporter raises whatever the model's code raises
-            raise ExportError(f"{source.name} could not be built: {type(error).__name__}: {error}") from error
+            raise ExportError(
+                f"{source.name} could not be built: {type(error).__name__}: {first_line(error)}"
+            ) from error
 
 
 def _pooling(source: Source) -> tuple[str, bool]:
@@ -173,7 +184,7 @@ def _labels(source: Source) -> list[str]:
 
 def _context(source: Source) -> int:
     """The longest text: what the positions reach, or less where the original cuts earlier."""
-    positions = int(source.config["max_position_embeddings"])
+    positions = source.number("max_position_embeddings")
     if any(family in source.architecture for family in _BEHIND_PADDING):
         positions -= int(source.config.get("pad_token_id") or 0) + 1
     said = (

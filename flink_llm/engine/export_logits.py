@@ -24,7 +24,7 @@ def slice_logits(path: Path) -> bool:
     model = ir.load(path)
     graph = model.graph
     logits = next(output for output in graph.outputs if output.name == "logits")
-    product = _product(logits)
+    product = logits_product(logits)
     if product is None:
         return False
     hidden = product.inputs[0]
@@ -40,7 +40,7 @@ def slice_logits(path: Path) -> bool:
     return True
 
 
-def _product(value: ir.Value) -> ir.Node | None:
+def logits_product(value: ir.Value) -> ir.Node | None:
     """The product by the vocabulary's matrix, behind what scales, caps or casts its result."""
     node = value.producer()
     while node is not None and node.op_type not in _PRODUCTS:

@@ -50,7 +50,8 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(Struct, frozen=True, kw_only=True):
     """What a model is. `parity` holds what its export measured against the original.
 
-    `adapters` are the names that a request may choose one of, see `engine/adapters.py`.
+    `adapters` are the names that a request may choose one of, see `engine/adapters.py`. A classifier's `scores` are
+    shares of one, or each label's by itself.
     """
 
     format: int
@@ -67,6 +68,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     eos_token_ids: list[Annotated[int, Meta(ge=0)]] = []
     special_tokens: dict[str, str] = {}
     labels: list[str] = []
+    scores: Literal["softmax", "sigmoid"] = "softmax"
     pooling: Literal["mean", "cls", "last"] = "mean"
     normalize: bool = True
     source: str = ""

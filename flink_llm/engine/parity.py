@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from flink_llm.engine.decoder import Decoder
 from flink_llm.engine.graphs import open_session
 from flink_llm.engine.model import MIXED_MB, ModelFolder
-from flink_llm.errors import ExportError, ModelFolderError
 
 LARGEST_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.15, "int4": 0.6}
 """Bar of the logits: root mean square of the difference, in standard deviations of the original's."""
@@ -97,7 +96,7 @@ def refer(original: Any, prompts: Sequence[list[int]], texts: Sequence[list[int]
 def measure_decoder(folder: ModelFolder, reference: Reference, precision: str, adapter: str = "") -> dict[str, Any]:
     """What the manifest says of a decoder's parity, with an adapter or without.
 
-    Raises ExportError for a graph that is none.
+    No perplexity where no text has two tokens. Raises ModelFolderError for a graph that is none.
     """
     decoder = open_decoder(folder, SLOTS)
     for slot in range(SLOTS):
@@ -116,20 +115,22 @@ def measure_decoder(folder: ModelFolder, reference: Reference, precision: str, a
             compared += int((decided | agreed).sum())
             equal += int(agreed.sum())
             same, rows = same + int(agreed.sum()), rows + len(agreed)
-    rise = math.exp(_text_loss(decoder, reference.texts) - reference.loss) - 1
-    return {
+    measured = {
         "against": "transformers, fp32",
         "logit_difference": _rounded(math.sqrt(squares / rows)),
         "max_logit_difference": _rounded(worst),
         "greedy_match": round(equal / max(1, compared), 6),
         "greedy_same": round(same / rows, 6),
-        "perplexity_change": _rounded(rise),
     }
+    if reference.texts:
+        rise = math.exp(_text_loss(decoder, reference.texts) - reference.loss) - 1
+        measured["perplexity_change"] = _rounded(rise)
+    return measured
 
 
 def measure_mixed(folder: ModelFolder, reference: Reference) -> float:
     """How far mixed runs are from the same model's steps and prompts: the worst row's root mean square of the
-    difference, as a share of their own. `folder` is held twice with `MIXED_MB`. Raises ExportError.
+    difference, as a share of their own. `folder` is held twice with `MIXED_MB`. Raises ModelFolderError.
 
     Two replies go on while a third prompt is read in parts beside them; then all three go on.
     """
@@ -159,14 +160,11 @@ def measure_mixed(folder: ModelFolder, reference: Reference) -> float:
 
 
 def open_decoder(folder: ModelFolder, slots: int, mixed_mb: int = 0) -> Decoder:
-    """A decoder on the CPU whose cache holds what is measured, not the whole context. Raises ExportError."""
+    """A decoder on the CPU whose cache holds what is measured, not the whole context. Raises ModelFolderError."""
     length = min(folder.manifest.context_length, LONGEST + 2 * TOKENS)
     manifest = msgspec.structs.replace(folder.manifest, context_length=length)
-    try:
-        opened = msgspec.structs.replace(folder, manifest=manifest)
-        return Decoder(opened, device="cpu", threads=0, slots=slots, mixed_mb=mixed_mb)
-    except ModelFolderError as error:
-        raise ExportError(str(error)) from error
+    opened = msgspec.structs.replace(folder, manifest=manifest)
+    return Decoder(opened, device="cpu", threads=0, slots=slots, mixed_mb=mixed_mb)
 
 
 def measure_encoder(folder: ModelFolder, original: Any, tokens: Sequence[list[int]], task: str) -> dict[str, Any]:
@@ -186,7 +184,7 @@ def measure_encoder(folder: ModelFolder, original: Any, tokens: Sequence[list[in
             values.append(float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other))))
         else:
             ours = ours[: len(text)] if task == "token_classifier" else ours
-            values.append(float(np.abs(_shares(ours) - _shares(theirs)).max()))
+            values.append(float(np.abs(_scores(ours, manifest.scores) - _scores(theirs, manifest.scores)).max()))
     name = "cosine" if task == "embedding" else "probability_shift"
     worst = min(values) if name == "cosine" else max(values)
     return {"against": "transformers, fp32", name: round(worst, 6)}
@@ -254,9 +252,9 @@ def _pooled(hidden: NDArray[np.float32], pooling: str) -> NDArray[np.float32]:
     return np.asarray(hidden[0 if pooling == "cls" else -1])
 
 
-def _shares(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities along the last axis; of a single class against its absence."""
-    if logits.shape[-1] == 1:
+def _scores(logits: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
+    """Probabilities along the last axis; of a single class, or of each by itself, against its absence."""
+    if logits.shape[-1] == 1 or kind == "sigmoid":
         alone: NDArray[np.float32] = 1 / (1 + np.exp(-logits))
         return alone
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))

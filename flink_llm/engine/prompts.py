@@ -2,16 +2,20 @@
 
 Contents and the texts among the features never reach the template: marks stand in for them while it is
 rendered, and each is put in its place afterwards, where nothing becomes a special token. So `</s>` in a
-user's text is four characters, whatever the template or the tokenizer make of it elsewhere. What can not
-be hidden so, roles and the names of features, is restricted.
+user's text is four characters, whatever the template or the tokenizer make of it elsewhere. Of features that
+are bytes, a time or anything else that JSON has not, it is their text. What can not be hidden so, roles and
+the names of features, is restricted.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flink_llm.engine.tokenizer import Tokenizer
@@ -36,9 +40,12 @@ class Prompts:
         special_tokens: Mapping[str, str],
         context: int | None = None,
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = _now
         try:
             text = template.decode() if isinstance(template, bytes) else template
             self._template = None if text is None else environment.from_string(text)
@@ -65,7 +72,7 @@ class Prompts:
             shown = self._hide(dict(features), texts) if features else None
             self._fits(sum(map(len, texts)))
             rendered = self._template.render(
-                messages=hidden, features=shown, add_generation_prompt=True, **self._special
+                messages=hidden, tools=None, documents=None, features=shown, add_generation_prompt=True, **self._special
             )
         except RecordError:
             raise
@@ -91,14 +98,14 @@ class Prompts:
             )
 
     def _hide(self, value: Any, texts: list[str]) -> Any:
-        if isinstance(value, str):
-            texts.append(value)
-            return f"\ue000{len(texts) - 1}\ue001"
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
         if isinstance(value, Mapping):
             return {self._name(name): self._hide(item, texts) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._hide(item, texts) for item in value]
-        return value
+        texts.append(_text(value))
+        return f"\ue000{len(texts) - 1}\ue001"
 
     def _name(self, name: Any) -> str:
         """A feature's name, which a template must be able to read."""
@@ -115,6 +122,12 @@ def _message(number: int, message: Mapping[str, str], texts: list[str]) -> dict[
         raise RecordError("invalid", f"messages[{number}] has no content")
     texts.append(content)
     return {"role": role, "content": f"\ue000{number}\ue001"}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, str) else str(value)
 
 
 def _filled(part: str, texts: list[str]) -> str:
@@ -137,6 +150,21 @@ def _to_json(
     """The filter as transformers has it, for values with marks in them, which `ensure_ascii` would destroy."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     return _MARK.sub(lambda mark: f"\ue000{mark[1]}{mark[2]}j\ue001", text)
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which transformers finds the assistant's tokens in training: here it is what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it as an instance's
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _now(form: str) -> str:
+    """This machine's time, as transformers has it."""
+    return datetime.now().strftime(form)
 
 
 def _raise(message: str) -> NoReturn:

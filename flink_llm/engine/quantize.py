@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from flink_llm.engine.export_logits import logits_product
 from flink_llm.engine.functions import CONTRIB, DOMAIN, LEVELS, MOST_PRODUCTS, ZERO, complete, rounded
 
 DATA = "model.onnx.data"
@@ -66,7 +67,7 @@ def quantize_rows(source: Path, to: Path, form: EightBits) -> int:
     graph = model.graph
     graph.opset_imports.setdefault(CONTRIB, 1)
     rewriter = _Rewriter(graph, signed=form.weights == "signed")
-    kept = set() if form.head else {matrix for output in graph.outputs if (matrix := _matrix_of(output.producer())[0])}
+    kept = set() if form.head else _head(graph)
     count = sum(rewriter.products(x, group, kept) for x, group in _groups(graph).items())
     rewriter.table(kept)
     sweep(graph)
@@ -204,6 +205,12 @@ def _groups(graph: ir.Graph) -> dict[ir.Value, list[_Product]]:
         if matrix is not None:
             groups.setdefault(_value(node, 0), []).append(_Product(node, matrix, turned))
     return groups
+
+
+def _head(graph: ir.Graph) -> set[ir.Value]:
+    """The matrix whose product makes the logits, if there is one."""
+    products = [logits_product(output) for output in graph.outputs if output.name == "logits"]
+    return {matrix for product in products if (matrix := _matrix_of(product)[0]) is not None}
 
 
 def _matrix_of(node: ir.Node | None) -> tuple[ir.Value | None, bool]:

@@ -86,7 +86,7 @@ class Tokenizer:
 
         Empty for a text that has no tokens of its own.
         """
-        ids = self._text.encode(text[: limit * self.longest] if limit else text, add_special_tokens=False)
+        ids = self._beginning(text, limit) if limit else self._text.encode(text, add_special_tokens=False)
         if not ids.ids:
             return []
         if limit and len(ids) > limit - self.marks:
@@ -99,9 +99,7 @@ class Tokenizer:
 
         The longer one is cut first. Empty when one of them has no tokens of its own.
         """
-        one, other = (
-            self._text.encode(text[: limit * self.longest], add_special_tokens=False) for text in (first, second)
-        )
+        one, other = (self._beginning(text, limit) for text in (first, second))
         if not (one.ids and other.ids):
             return [], []
         for ids, length in zip((one, other), _cut(len(one), len(other), limit - self.pair_marks), strict=True):
@@ -124,6 +122,19 @@ class Tokenizer:
     def holds_special(self, text: str) -> bool:
         """Whether the text of a special token is in it."""
         return any(special in text for special in self._special.values())
+
+    def _beginning(self, text: str, count: int) -> Any:
+        """The encoding of a text, or of enough of its beginning for its first `count` tokens.
+
+        Spaces may make no token, and an unknown word one, however long it is: what was cut too short is cut again.
+        Twice as many tokens are enough, since the last word may have been cut through.
+        """
+        size = count * self.longest
+        while True:
+            found = self._text.encode(text[:size], add_special_tokens=False)
+            if size >= len(text) or len(found.ids) >= 2 * count:
+                return found
+            size *= 2
 
     def _between(self, text: str, start: int) -> Sequence[int]:
         """A conversation's turns come again with each of its requests."""
