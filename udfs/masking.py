@@ -97,7 +97,8 @@ class _Addresses:
         """See `_Filter`."""
         held = self._held + text
         growing = _GROWING.match(held[::-1])
-        certain, done, shown = len(held) - (growing.end() if growing else 0), 0, []
+        certain, done = len(held) - (growing.end() if growing else 0), 0
+        shown: list[str] = []
         for begin, end in _addresses(held):
             if begin >= certain:
                 break
