@@ -36,7 +36,8 @@ def state() -> str:
     if path is None:
         if os.environ.get(VARIABLE) == "off":
             return f"left out: {VARIABLE} is off"
-        return "not built, models run slower on a CPU: install a C++ compiler (g++), then flink-llm once more (pip install --force-reinstall --no-deps)"
+        how = "install a C++ compiler (g++), then flink-llm once more (pip install --force-reinstall --no-deps)"
+        return f"not built, models run slower on a CPU: {how}"
     try:
         return _STATES[ctypes.CDLL(path).flink_llm_kernels_usable()]
     except (OSError, AttributeError) as error:
