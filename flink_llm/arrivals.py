@@ -140,8 +140,7 @@ class Keyer:
         self._key = key
         self._as_type = as_type
         if isinstance(key, str):
-            probe = msgspec.defstruct("Probe", [("key", Any, None)], rename={"key": key})
-            self._probe: msgspec.json.Decoder[Any] = msgspec.json.Decoder(probe)
+            self._probe = _probe(key)
 
     def arrive(self, arrival: Arrival) -> tuple[str, Arrival]:
         """What to shard by, and the arrival with its key, or with the reason why it has none."""
@@ -159,12 +158,21 @@ class Keyer:
             return self._key(msgspec.structs.replace(arrival, key="").request(self._as_type))
         value = arrival.value if arrival.from_kafka else arrival.element
         if isinstance(value, (bytes, str)):
-            key = self._probe.decode(value).key
+            found = self._probe.decode(value)
+            key = found.get(self._key) if isinstance(found, dict) else found.key
         else:
             key = value.get(self._key) if isinstance(value, dict) else getattr(value, self._key)
         if key is None:
             raise LookupError(f"it has no field {self._key!r}, or null there")
         return key
+
+
+def _probe(key: str) -> "msgspec.json.Decoder[Any]":
+    """Reads an object for the field of that name: it alone, unless msgspec knows no field of such a name."""
+    try:
+        return msgspec.json.Decoder(msgspec.defstruct("Probe", [("key", Any, None)], rename={"key": key}))
+    except ValueError:  # it has a quote, a backslash or a control character
+        return msgspec.json.Decoder(dict[str, Any])
 
 
 def _canonical(key: Any) -> str:

@@ -30,18 +30,33 @@ _to_json = msgspec.json.Encoder(decimal_format="string")
 
 
 def decode(data: bytes | None, as_type: Any = Any) -> Any:
-    """One JSON value as `as_type`.
+    """One JSON value as `as_type`: with all unknown fields of a Record, all digits of a Decimal elsewhere.
 
     Raises RecordError: `null_value`, `malformed` (no JSON, no UTF-8) or `invalid` (path and
     expected type in the message).
     """
     if data is None:
         raise RecordError("null_value", "the record has no value")
+    if as_type is Any or (isinstance(as_type, type) and issubclass(as_type, Record)):
+        return convert(_parsed(data), as_type)
     try:
-        value = msgspec.json.decode(data)
+        data.isascii() or data.decode()  # what a type skips, msgspec does not look at
+        return _decoder(as_type).decode(data)
+    except Exception as error:  # a type's own __post_init__ may raise anything: it is the record's fault
+        _parsed(data)  # what is no JSON at all is not `invalid`
+        raise _misfit(error) from error
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError("malformed", f"the value is not valid JSON: {error}") from error
-    return convert(value, as_type)
+
+
+def _misfit(error: Exception) -> RecordError:
+    said = str(error) if isinstance(error, msgspec.ValidationError) else f"{type(error).__name__}: {error}"
+    return RecordError("invalid", said)
 
 
 def convert(value: Any, as_type: Any) -> Any:
@@ -56,10 +71,8 @@ def convert(value: Any, as_type: Any) -> Any:
                 value = {name: value[name] for name in value if name in known}
                 value["unknown_fields"] = unknown
         return msgspec.convert(value, as_type)
-    except msgspec.ValidationError as error:
-        raise RecordError("invalid", str(error)) from error
-    except Exception as error:  # a type's own __post_init__ may raise anything: it is the record's fault
-        raise RecordError("invalid", f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise _misfit(error) from error
 
 
 def encode(value: Any) -> bytes:
@@ -77,6 +90,11 @@ def encode(value: Any) -> bytes:
 def printable(text: object, limit: int) -> str:
     """`text` cut to `limit` characters, half characters escaped: fit for JSON whatever it was."""
     return str(text)[:limit].encode("utf-8", "backslashreplace").decode()
+
+
+@lru_cache(maxsize=256)
+def _decoder(as_type: Any) -> "msgspec.json.Decoder[Any]":
+    return msgspec.json.Decoder(as_type)
 
 
 @lru_cache(maxsize=256)

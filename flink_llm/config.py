@@ -40,7 +40,7 @@ NAMED_TWICE = {
     "execution.checkpointing.interval": "flink.checkpoint_interval_ms",
     "execution.checkpointing.mode": "flink.delivery",
 }
-"""Options of Flink that have a key of ours: what `flink.properties` said of them would not be heard."""
+"""Options of Flink that have a key of ours: a file says each thing in one place."""
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -208,7 +208,7 @@ def _check_flink(flink: FlinkSettings) -> None:
         )
     for name, key in NAMED_TWICE.items():
         if name in flink.properties:
-            raise ConfigError(f"flink.properties.{name}: say {key} instead, which goes before it")
+            raise ConfigError(f"flink.properties.{name}: say {key} instead")
 
 
 def _check_host(config: JobConfig) -> None:

@@ -63,12 +63,12 @@ def configure(env: StreamExecutionEnvironment, settings: FlinkSettings, *, capac
     configuration = Configuration()
     for name, value in {**options, **settings.properties}.items():
         configuration.set_string(name, value)
-    env.configure(configuration)
     env.set_parallelism(settings.parallelism)
     env.set_max_parallelism(settings.max_parallelism)
     env.set_buffer_timeout(BUFFER_TIMEOUT_MS)
     mode = CheckpointingMode.EXACTLY_ONCE
     env.enable_checkpointing(settings.checkpoint_interval_ms, mode)
+    env.configure(configuration)  # last: properties go before what is set here
 
 
 def _uri(folder: str) -> str:
@@ -100,27 +100,39 @@ def check(env: StreamExecutionEnvironment, capacity: int) -> None:
 def bound_transactions(env: StreamExecutionEnvironment, timeout_ms: int | None) -> None:
     """A sink's transactions last so long at most: checkpoints are to end before, and operators are to know.
 
-    None leaves the operators out. Raises ConfigError when the checkpoints' own settings do not fit.
+    Of several sinks the shortest counts. None leaves the checkpoints' timeout and the operators out. Raises
+    ConfigError without checkpoints, with which transactions are committed, or when their own settings do not fit.
     """
     settings = env.get_checkpoint_config()
-    if timeout_ms is None or not settings.is_checkpointing_enabled():
+    if not settings.is_checkpointing_enabled():
+        raise ConfigError(
+            "exactly_once commits with checkpoints, and they are off: call env.enable_checkpointing(...), or "
+            "flink_llm.environment.configure, before kafka.sink"
+        )
+    if timeout_ms is None:
         return
-    configured = settings.get_checkpoint_timeout()
-    chosen = None if configured == CHECKPOINT_TIMEOUT_MS else configured
-    tolerable = max(0, settings.get_tolerable_checkpoint_failure_number())
-    longest = checkpoint_timeout_ms(timeout_ms, settings.get_checkpoint_interval(), tolerable, chosen)
-    settings.set_checkpoint_timeout(longest)
     config = env.get_config()
     parameters = dict(config.get_global_job_parameters() or {})
-    shortest = min(timeout_ms, int(parameters.get(PARAMETER, timeout_ms)))
-    config.set_global_job_parameters({**parameters, PARAMETER: str(shortest)})
+    tolerable = max(0, settings.get_tolerable_checkpoint_failure_number())
+    bound = functools.partial(
+        checkpoint_timeout_ms, interval_ms=settings.get_checkpoint_interval(), tolerable=tolerable
+    )
+    nobodys = {CHECKPOINT_TIMEOUT_MS}
+    if PARAMETER in parameters:
+        earlier_ms = int(parameters[PARAMETER])
+        nobodys.add(bound(earlier_ms, chosen_ms=None))  # what was set for the sink before
+        timeout_ms = min(timeout_ms, earlier_ms)
+    configured = settings.get_checkpoint_timeout()
+    settings.set_checkpoint_timeout(bound(timeout_ms, chosen_ms=None if configured in nobodys else configured))
+    config.set_global_job_parameters({**parameters, PARAMETER: str(timeout_ms)})
 
 
 def starts_from_savepoint(env: StreamExecutionEnvironment) -> bool:
     """Whether the job is submitted with a savepoint to begin from; a retained checkpoint is none."""
     configuration = env._j_stream_execution_environment.getConfiguration()
     path: str = configuration.getString("execution.state-recovery.path", "")
-    return bool(path) and not path.rstrip("/").rpartition("/")[2].startswith("chk-")
+    folder = path.rstrip("/").removesuffix("/_metadata").rstrip("/")
+    return bool(path) and not folder.rpartition("/")[2].startswith("chk-")
 
 
 def environment(properties: dict[str, str] | None = None, *, kafka: bool = True) -> StreamExecutionEnvironment:
@@ -175,14 +187,14 @@ def _number(key: str, value: str) -> int:
 
 def submitted() -> bool:
     """Whether `flink run` started this process: it reaches its gateway through the environment."""
-    return "PYFLINK_GATEWAY_PORT" in os.environ and os.environ.get("FLINK_LLM_LOCAL") != "1"
+    return "PYFLINK_GATEWAY_PORT" in os.environ and os.environ.get("FLINK_LLM_LOCAL") != str(os.getpid())
 
 
 def leave_loopback() -> None:
     """Has Python run in processes of its own from now on, as on a cluster."""
     # The option python.execution-mode alone does not leave the mini-cluster's in-client "loopback".
     os.environ["_python_worker_execution_mode"] = "process"
-    os.environ["FLINK_LLM_LOCAL"] = "1"
+    os.environ["FLINK_LLM_LOCAL"] = str(os.getpid())  # a `flink run` that this process starts inherits it
 
 
 def tables(env: StreamExecutionEnvironment) -> Any:

@@ -40,6 +40,16 @@ def test_a_key_is_a_field_or_a_function_of_the_request(spec, key):
     assert arrival.request(ChatRequest).session_id == "s"
 
 
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\tb", "a.b", "é", ""])
+@pytest.mark.parametrize("from_kafka", [True, False])
+def test_a_key_field_may_have_any_name(name, from_kafka):
+    data = codec.encode({"other": 1, name: "v"})
+    arrival = Arrival(value=data, from_kafka=True) if from_kafka else Arrival(element=data.decode())
+    assert Keyer(name, dict).arrive(arrival)[1].key == "v"
+    missing = Keyer(name, dict).arrive(Arrival(value=b"[]", from_kafka=True, topic="t"))[1]
+    assert "Expected `object`, got `array`" in missing.key_error
+
+
 class Untellable(Exception):
     def __str__(self):
         raise RuntimeError

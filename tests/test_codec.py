@@ -1,5 +1,6 @@
 import dataclasses
 import pickle
+from decimal import Decimal
 
 import cloudpickle
 import msgspec
@@ -70,6 +71,40 @@ def test_unknown_fields_are_kept():
 def test_bad_values_say_where_and_what(data, code, text):
     with pytest.raises(RecordError) as caught:
         codec.decode(data, ChatRequest)
+    assert caught.value.code == code
+    assert text in caught.value.message
+
+
+@dataclasses.dataclass
+class Money:
+    total: Decimal
+    count: int = 0
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise LookupError("nothing is below zero")
+
+
+@pytest.mark.parametrize("digits", ["123456789012345678.91", "0.10", "1234567890123456789012345678901234567890"])
+def test_a_decimal_keeps_its_digits(digits):
+    assert str(codec.decode(f'{{"total":{digits}}}'.encode(), Money).total) == digits
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "text"),
+    [
+        (None, "null_value", "no value"),
+        (b'{"count":"x","total":1', "malformed", "not valid JSON: Input data was truncated"),
+        (b'{"total":1,"count":"x","later":}', "malformed", "not valid JSON"),
+        (b'{"total":1,"unread":"\xff"}', "malformed", "not valid JSON: 'utf-8' codec can't decode"),
+        (b'{"total":1,"unread":' + b"[" * 100_000, "malformed", "not valid JSON"),
+        (b'{"total":1,"count":"x"}', "invalid", "Expected `int`, got `str` - at `$.count`"),
+        (b'{"total":1,"count":-1}', "invalid", "LookupError: nothing is below zero"),
+    ],
+)
+def test_bad_values_of_ones_own_type_say_where_and_what(data, code, text):
+    with pytest.raises(RecordError) as caught:
+        codec.decode(data, Money)
     assert caught.value.code == code
     assert text in caught.value.message
 

@@ -1,5 +1,9 @@
 """The environment before any Java starts."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from flink_llm import environment
@@ -23,6 +27,16 @@ def test_a_python_that_flinks_script_cannot_start_is_refused(monkeypatch):
     monkeypatch.setattr(environment.sys, "executable", "/home/a b/.venv/bin/python")
     with pytest.raises(LocalError, match="at a path with a space"):
         environment.environment()
+
+
+def test_a_submission_that_a_mini_clusters_process_starts_is_one(monkeypatch):
+    for name in ("FLINK_LLM_LOCAL", "_python_worker_execution_mode"):
+        monkeypatch.setenv(name, "")  # back to what it was in the end
+    environment.leave_loopback()
+    monkeypatch.setenv("PYFLINK_GATEWAY_PORT", "1")
+    assert not environment.submitted()
+    asked = [sys.executable, "-c", "from flink_llm import environment; print(environment.submitted())"]
+    assert subprocess.run(asked, env=os.environ, capture_output=True, text=True).stdout == "True\n"
 
 
 def test_a_missing_java_is_one_line(monkeypatch, tmp_path):

@@ -111,6 +111,8 @@ def apply(
         raise ConfigError(f"{name}: result and partial are for a Table; a DataStream's outcomes are bytes")
     env = stream.get_execution_environment()
     _check_environment(env, settings)
+    if tables is None:  # of tables, each job takes what its statements name
+        _check_uid(env, uid)
     keys = shard_keys(settings.shards, settings.max_parallelism)
     by_shard, read = keyed(stream, key, takes, keys, uid)
     of_savepoint = environment.starts_from_savepoint(env)
@@ -326,6 +328,11 @@ def _check_records(name: str, *used: Any) -> None:
                 f"{name}: {found.__qualname__} is a msgspec.Struct of the job's own file, which workers cannot import: "
                 f"move it, and its codec.register, to a module of its own (flink run -pyfs), or make it a dataclass"
             )
+
+
+def _check_uid(env: Any, uid: str) -> None:
+    if any(each.getUid() == uid for each in env._j_stream_execution_environment.getTransformations()):
+        raise ConfigError(f"{uid}: the job has an operator of this uid already: give each `apply` one of its own")
 
 
 def _check_environment(env: Any, settings: OperatorSettings) -> None:

@@ -28,8 +28,8 @@ def emitted_type(value: Column = BYTES) -> TypeInformation:
     return Types.TUPLE([_stamped(value), Types.LONG()])
 
 
-_LATEST = 253_402_300_799_999
-"""The end of the year 9999, beyond which SQL has no time."""
+EARLIEST, _LATEST = -62_135_596_800_000, 253_402_300_799_999
+"""The beginning of the year 1 and the end of 9999, beyond which SQL has no time; epoch ms."""
 
 
 def low_mark(watermark: int | None, oldest: int | None) -> int | None:
@@ -38,7 +38,7 @@ def low_mark(watermark: int | None, oldest: int | None) -> int | None:
     bounds = [watermark] if watermark is not None and watermark < _LATEST else []
     if oldest is not None:
         bounds.append(oldest - 1)
-    return min(bounds) if bounds and 0 <= min(bounds) <= _LATEST else None
+    return min(bounds) if bounds and EARLIEST <= min(bounds) <= _LATEST else None
 
 
 def with_event_time(tables: StreamTableEnvironment, j_stream: object, uid: str) -> DataStream:

@@ -7,9 +7,11 @@ kind, takes a stage in Python before the operator.
 
 import re
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 from pyflink.common import Row, Types
 from pyflink.datastream import DataStream, ProcessFunction
 from pyflink.datastream.data_stream import KeyedStream
@@ -22,12 +24,17 @@ from flink_llm.arrivals import Arrival, Keyer, KeySpec, shard_of
 from flink_llm.errors import ConfigError
 from flink_llm.kafka import INBOUND, record_columns, table_uids
 from flink_llm.udfs.bundles import lean_bundles
+from flink_llm.udfs.event_time import EARLIEST
 
 _BYTES = Types.PRIMITIVE_ARRAY(Types.BYTE())
 _ARRIVAL = Types.TUPLE([Types.INT(), _BYTES])
 _RECORD = Types.ROW(INBOUND.get_field_types()[:-1])  # its time is the stream record's
 _KEYED = Types.ROW([Types.INT(), _RECORD, Types.INSTANT()])
 _PLAIN_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NO_TIME = EARLIEST
+"""How a record without a time passes through a table, which asks for one."""
+_NO_TIMES = (-(2**63), _NO_TIME, -1)
+"""What stands for none: Flink's own, a table's here, Kafka's."""
 _MOST_IN_SQL = 1024
 """Shards whose keys SQL is given as a literal."""
 
@@ -59,7 +66,9 @@ def shard_keys(shards: int, max_parallelism: int) -> list[int]:
 
 
 def keyed(stream: DataStream, key: KeySpec, takes: Any, keys: list[int], uid: str) -> tuple[KeyedStream, "Reader"]:
-    """`stream` by the keys of its shards, and what the operator reads its elements with."""
+    """`stream` by the keys of its shards, and what the operator reads its elements with. Raises ConfigError."""
+    if isinstance(stream, KeyedStream):
+        raise ConfigError(f"{uid}: `apply` keys the stream by its own `key`: give it the stream before key_by")
     inbound = _is_inbound(stream)
     if inbound and isinstance(key, str) and _PLAIN_FIELD.fullmatch(key) and len(keys) <= _MOST_IN_SQL:
         return _keyed_in_java(stream, key, keys, uid), Reader(key, takes, len(keys))
@@ -87,8 +96,11 @@ class Reader:
             return data, Arrival.from_bytes(data)
         by, arrival = self._keyer.arrive(_inbound(value, timestamp))
         if arrival.key is not None and shard_of(by, self._shards) != shard:
-            # Java's JSON reader gave it up (nesting beyond 1,000): run here it would not meet its key's other records.
-            reason = "the key of the record cannot be read by Flink: is the record nested too deeply?"
+            # Java's JSON reader gave it up: run here it would not meet its key's other records.
+            reason = (
+                "the key of the record cannot be read by Flink, whose JSON reader takes no nesting beyond 1,000, no "
+                "number beyond 1,000 digits and no field name beyond 50,000 characters"
+            )
             arrival = msgspec.structs.replace(arrival, key=None, key_error=reason)
         return arrival.to_bytes(), arrival
 
@@ -107,7 +119,7 @@ def _keyed_in_java(stream: DataStream, key: str, keys: list[int], uid: str) -> K
         .column("partition", DataTypes.INT())
         .column("offset", DataTypes.BIGINT())
         .column("time", DataTypes.TIMESTAMP_LTZ(3))
-        .column_by_expression("rowtime", "COALESCE(`time`, TO_TIMESTAMP_LTZ(-1, 3))")  # a table asks for one
+        .column_by_expression("rowtime", f"COALESCE(`time`, TO_TIMESTAMP_LTZ({_NO_TIME}, 3))")
         .watermark("rowtime", "SOURCE_WATERMARK()")
         .build()
     )
@@ -173,8 +185,8 @@ def _time(row: Any, ctx: ProcessFunction.Context) -> int | None:
 
 
 def _stamp(timestamp: int | None) -> int | None:
-    """Without Flink's mark for a stream without times."""
-    return timestamp if timestamp is not None and timestamp >= 0 else None
+    """Without the marks of a record that has none."""
+    return None if timestamp in _NO_TIMES else timestamp
 
 
 def _inbound(row: Any, timestamp: int | None) -> Arrival:
@@ -204,7 +216,10 @@ def _element(value: Any, timestamp: int | None) -> Arrival:
 
 
 def _lower(value: Any) -> Any:
-    """An element of any stream as JSON types: rows and tuples lose their class."""
+    """An element of any stream as JSON types: all but records that state can hold lose their class.
+
+    An object is its fields: those of a Struct by their names in JSON, else its attributes.
+    """
     if isinstance(value, Row):
         return {name: _lower(item) for name, item in value.as_dict(True).items()}
     if isinstance(value, dict):
@@ -213,4 +228,8 @@ def _lower(value: Any) -> Any:
         return [_lower(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str, bytes)) or codec.is_registered(value):
         return value
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, (Struct, Enum)) or hasattr(value, "__dataclass_fields__"):
+        return msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True, enc_hook=_lower)
+    return _lower(vars(value)) if hasattr(value, "__dict__") else str(value)

@@ -23,6 +23,7 @@ Wanted = type | Mapping[str, Any]
 """A Struct, a dataclass or the JSON Schema of an object."""
 _PLACE = {"topic": "STRING", "partition": "INT", "offset": "BIGINT"}
 _TEXT = Column("STRING")
+_NULLABLE_KEYS = re.compile(r"MAP<(STRING|(?:VAR)?CHAR\(\d+\)), ")
 
 
 class TableOutputs(Struct, frozen=True):
@@ -86,6 +87,8 @@ def shapes(name: str, returns: type | None, result: Wanted | None, partial: Want
         "failure": Shape(row_of(Failure), unknown=("payload_sha256",)),
     }
     for kind, shape in found.items():
+        if not shape.names:
+            raise ConfigError(f"{name}: the {kind} has no fields, and a row needs one at least: name its properties")
         taken = sorted({"record_key", "record_headers", "record_topic", "record_time"}.intersection(shape.names))
         if taken:
             raise ConfigError(f"{name}: a {kind} cannot have a field {taken[0]!r}: `apply` adds a column of that name")
@@ -105,7 +108,7 @@ def records_of(table: Table, key: KeySpec, uid: str) -> DataStream:
     if isinstance(key, str) and key not in fields:
         raise ConfigError(f"{uid}: the table has no column {key!r} to key by: it has {', '.join(fields)}")
     pairs = ", ".join(f"KEY {_literal(name)} VALUE {_json(name, types[name])}" for name in fields)
-    headers = "`headers`" if "headers" in envelope else "CAST(NULL AS MAP<STRING, BYTES>)"
+    headers = _json("headers", types["headers"]) if "headers" in envelope else "CAST(NULL AS MAP<STRING, BYTES>)"
     place = ", ".join(f"`{name}`" if placed else f"CAST(NULL AS {kind}) AS `{name}`" for name, kind in _PLACE.items())
     query = (
         f"SELECT CAST(NULL AS BYTES) AS `key`, CAST(JSON_OBJECT({pairs}) AS BYTES) AS `value`, "
@@ -129,11 +132,12 @@ def _reason(error: str) -> str:
 def _time(times: list[str], types: Mapping[str, str]) -> str:
     """SQL for the event time, whose watermarks follow of themselves. One without a zone counts as UTC, as in Flink."""
     for name in times:
-        if types[name].startswith("TIMESTAMP_LTZ(3) *ROWTIME*"):
+        if not types[name].endswith("*ROWTIME*"):
+            continue
+        if types[name].startswith("TIMESTAMP_LTZ("):
             return f"CAST({_quoted(name)} AS TIMESTAMP_LTZ(3))"
-        if types[name].endswith("*ROWTIME*"):
-            plain = f"CAST({_quoted(name)} AS TIMESTAMP(3))"
-            return f"TO_TIMESTAMP_LTZ(EXTRACT(EPOCH FROM {plain}) * 1000 + EXTRACT(MILLISECOND FROM {plain}), 3)"
+        plain = f"CAST({_quoted(name)} AS TIMESTAMP(3))"
+        return f"TO_TIMESTAMP_LTZ(EXTRACT(EPOCH FROM {plain}) * 1000 + EXTRACT(MILLISECOND FROM {plain}), 3)"
     return "CAST(NULL AS TIMESTAMP_LTZ(3))"
 
 
@@ -155,8 +159,13 @@ def _type(column: Any) -> str:
 
 
 def _json(name: str, found: str) -> str:
-    """SQL for a column in a JSON object, for which Flink knows no dates."""
-    return f"CAST({_quoted(name)} AS STRING)" if found.startswith(("DATE", "TIME(", "INTERVAL")) else _quoted(name)
+    """SQL for a column in a JSON object, for which Flink knows no dates, and fails of a map with a NULL key."""
+    column = _quoted(name)
+    keys = _NULLABLE_KEYS.match(found)
+    if keys:
+        has_null = f"ARRAY_CONTAINS(MAP_KEYS({column}), CAST(NULL AS {keys[1]}))"
+        return f"CASE WHEN {has_null} THEN NULL ELSE {column} END"
+    return f"CAST({column} AS STRING)" if found.startswith(("DATE", "TIME(", "INTERVAL")) else column
 
 
 def _are_headers(found: str | None) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pyflink.common import Row
+from pyflink.common import Row, Types
 
 from flink_llm import environment, kafka
 from flink_llm.errors import ConfigError
@@ -14,6 +14,7 @@ from flink_llm.flink_settings import FlinkSettings
 from flink_llm.handler import AsyncUdf
 from flink_llm.jobs import edges
 from flink_llm.local import processes
+from flink_llm.transactions import checkpoint_timeout_ms
 from flink_llm.udfs.async_operator import apply
 
 SIZE, TIME = environment.BUNDLE_SIZE, environment.BUNDLE_TIME
@@ -48,6 +49,47 @@ def test_what_is_configured_here_is_good():
 def test_what_would_make_an_operator_wait_is_refused(env, words):
     with pytest.raises(ConfigError, match=words):
         environment.check(env(), 256)
+
+
+def test_properties_go_before_what_is_set_beside_them():
+    env = made({
+        "execution.checkpointing.interval": "7 s", "execution.buffer-timeout.interval": "5 ms",
+        "parallelism.default": "3", "pipeline.max-parallelism": "64",
+    })  # fmt: skip
+    found = env.get_checkpoint_config().get_checkpoint_interval(), env.get_buffer_timeout()
+    assert (*found, env.get_parallelism(), env.get_max_parallelism()) == (7000, 5, 3, 64)
+
+
+@pytest.mark.parametrize(
+    ("path", "savepoint"),
+    [
+        ("", False),
+        ("file:///s/chk-12", False),
+        ("/s/chk-12/", False),
+        ("file:///s/chk-12/_metadata", False),
+        ("file:///s/savepoint-1", True),
+        ("file:///s/savepoint-1/_metadata", True),
+    ],
+)
+def test_a_retained_checkpoint_is_no_savepoint_however_it_is_named(path, savepoint):
+    assert environment.starts_from_savepoint(made({"execution.state-recovery.path": path})) is savepoint
+
+
+@pytest.mark.parametrize("timeouts", [(600_000, 300_000), (300_000, 600_000), (300_000, None)])
+def test_the_shortest_transactions_of_a_job_bound_its_checkpoints(timeouts):
+    env = made()
+    for timeout_ms in timeouts:
+        environment.bound_transactions(env, timeout_ms)
+    found = env.get_checkpoint_config().get_checkpoint_timeout()
+    assert found == checkpoint_timeout_ms(300_000, interval_ms=1000, tolerable=10, chosen_ms=None)
+
+
+def test_a_checkpoint_timeout_of_ones_own_must_fit_the_shortest_transactions():
+    env = made({"execution.checkpointing.timeout": "40 s"})
+    environment.bound_transactions(env, 600_000)
+    assert env.get_checkpoint_config().get_checkpoint_timeout() == 40_000
+    with pytest.raises(ConfigError, match=r"^kafka.transaction_timeout_ms is 300000, .* of 40000 ms and 1000 ms apart"):
+        environment.bound_transactions(env, 300_000)
 
 
 def checkpoints(env):
@@ -95,6 +137,16 @@ def test_batch_mode_is_refused(mode):
     rows = env.from_collection([Row(b"k", b"{}", {}, None)], kafka.OUTBOUND)
     with pytest.raises(ConfigError, match=rf"(?i)^execution.runtime-mode is {mode}: .*: use STREAMING$"):
         apply(rows, Echo(), key="key", uid="echo")
+
+
+def test_a_uid_that_another_operator_has_and_a_stream_that_is_keyed_are_refused():
+    env = made()
+    stream = env.from_collection(['{"id": "a"}'], Types.STRING())
+    apply(stream, Echo(), key="id", uid="echo")
+    with pytest.raises(ConfigError, match=r"^echo: the job has an operator of this uid already: "):
+        apply(stream, Echo(), key="id", uid="echo")
+    with pytest.raises(ConfigError, match=r"^other: .*: give it the stream before key_by$"):
+        apply(stream.key_by(lambda text: text, Types.STRING()), Echo(), key="id", uid="other")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from flink_llm.udfs.async_operator import apply
 from flink_llm.udfs.event_time import low_mark
 
 RECORDS, STEP_MS, WINDOW_S = 400, 1000, 10
+FIRST_S = -200
+"""Half of the records are from before 1970."""
 
 
 def uneven() -> AsyncUdf:
@@ -33,7 +35,7 @@ def uneven() -> AsyncUdf:
 
 class Stamp(TimestampAssigner):
     def extract_timestamp(self, value, record_timestamp):
-        return json.loads(value)["number"] * STEP_MS
+        return json.loads(value)["number"] * STEP_MS + FIRST_S * 1000
 
 
 def counting() -> ProcessWindowFunction:
@@ -64,11 +66,11 @@ def test_no_outcome_is_late_for_its_window():
     with both.execute_and_collect("event time") as collected:
         found = [line.split(" ", 1) for line in collected]
     counts = {(kind, json.loads(text)[0]): json.loads(text)[1:3] for kind, text in found}
-    starts = range(0, RECORDS * STEP_MS // 1000, WINDOW_S)
+    starts = range(FIRST_S, FIRST_S + RECORDS * STEP_MS // 1000, WINDOW_S)
     assert {start: counts["results", start] for start in starts} == {start: [9, True] for start in starts}
     assert {start: counts["failures", start] for start in starts} == {start: [1, True] for start in starts}
     # Time passes while records are in flight, not only at the end of the input.
-    assert any(json.loads(text)[3] < RECORDS * STEP_MS for _, text in found)
+    assert any(json.loads(text)[3] < FIRST_S * 1000 + RECORDS * STEP_MS for _, text in found)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,8 @@ def test_no_outcome_is_late_for_its_window():
         (2**63 - 1, None, None),
         (2**63 - 1, 50, 49),
         (2**63 - 1, 2**60, None),
-        (100, 0, None),
+        (100, 0, -1),
+        (-(10**15), None, None),
     ],
 )
 def test_time_comes_as_far_as_the_watermark_but_not_past_what_is_in_flight(watermark, oldest, low):

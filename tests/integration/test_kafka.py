@@ -176,6 +176,7 @@ def test_a_sink_says_which_type_it_takes(broker):
 )
 def test_what_flinks_client_would_not_take_is_refused_before_the_start(broker, properties, said):
     env = environment.environment()
+    env.enable_checkpointing(1000)
     tables = environment.tables(env)
     settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, properties=properties)
     with pytest.raises(ConfigError, match=rf"^kafka\.properties: .*{said}"):
@@ -197,6 +198,15 @@ def test_a_transaction_longer_than_the_brokers_maximum_is_refused(broker):
     settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, transaction_timeout_ms=3_600_000)
     with pytest.raises(ConfigError, match=r"is 3600000, the broker's transaction\.max\.timeout\.ms is 900000"):
         kafka.sink(environment.tables(env), rows, settings, ["t"], uid="rows", delivery="exactly_once")
+
+
+def test_exactly_once_without_checkpoints_is_refused(broker):
+    env = environment.environment()
+    rows = env.from_collection([Row(b"k", b"v", {}, None)], kafka.OUTBOUND)
+    for resume in (False, True):
+        settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, resume_after_timeout=resume)
+        with pytest.raises(ConfigError, match=r"^exactly_once commits with checkpoints, and they are off: call env\."):
+            kafka.sink(environment.tables(env), rows, settings, ["t"], uid="rows", delivery="exactly_once")
 
 
 WITHOUT_A_CONNECTOR = """
@@ -226,7 +236,7 @@ def test_a_topic_with_other_partitions_is_not_taken_for_the_one_asked_for(broker
 
 
 def test_a_topic_that_takes_less_than_the_operator_lets_through_is_refused(broker, topics, tmp_path):
-    names = topics("requests", "responses", "tokens")
+    *names, failures = topics("requests", "responses", "tokens", "failures")
     small = f"small.{names[0]}"
     admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
     admin.create_topics([NewTopic(small, 1, 1, topic_configs={"max.message.bytes": "100000"})])
@@ -244,8 +254,8 @@ def test_a_topic_that_takes_less_than_the_operator_lets_through_is_refused(broke
         f"raise the latter to 1016384 at least, or lower the former"
     )
     for key, changed in [
-        ("responses", config(responses=small, failures=names[1])),
-        ("reply_to[0]", config(reply_to=[small], failures=names[1])),
+        ("responses", config(responses=small, failures=failures)),
+        ("reply_to[0]", config(reply_to=[small], failures=failures)),
         ("failures", config({"keep_payload": True})),
     ]:
         with pytest.raises(ConfigError) as refused:
@@ -266,8 +276,8 @@ def test_a_job_that_is_submitted_asks_the_topics_too(broker, topics, tmp_path, m
     monkeypatch.setenv("PYFLINK_GATEWAY_PORT", "1")
     monkeypatch.delenv("FLINK_LLM_LOCAL", raising=False)
     [name] = topics("requests")
-    written = dict.fromkeys(("responses", "tokens", "failures"), f"{name}.out")
-    create_topics(broker.bootstrap_servers, [f"{name}.out"])
+    written = {kind: f"{name}.{kind}" for kind in ("responses", "tokens", "failures")}
+    create_topics(broker.bootstrap_servers, written.values())
     config = tmp_path / "job.yaml"
     config.write_text(
         yaml.safe_dump(

@@ -72,16 +72,18 @@ class Billing(AsyncUdf):
 
 
 GIVEN = [("2026-01-01 00:00:07.123", 1, "ann", 2.5), ("2026-01-01 00:01:00.000", 2, "nobody", 1.0),
-         ("2026-01-01 00:02:00.000", 3, None, 1.0)]  # fmt: skip
+         ("2026-01-01 00:02:00.000", 3, None, 1.0), ("1969-12-31 23:59:58.250", 4, "nobody", 1.0)]  # fmt: skip
 ORDERS = """
 SELECT order_id, customer, CAST(total AS DECIMAL(10, 2)) AS total, ARRAY['x', 'y'] AS tags, MAP['one', 1] AS counts,
-  CAST('bytes' AS BYTES) AS digest, MAP[CAST('trace' AS STRING), CAST('t1' AS BYTES)] AS headers,
+  MAP[customer, 1] AS by_customer, MAP[CAST(customer AS VARCHAR(9)), 1] AS by_short,
+  CAST('bytes' AS BYTES) AS digest,
+  MAP[IF(customer IS NULL, CAST(NULL AS STRING), 'trace'), CAST('t1' AS BYTES)] AS headers,
   DATE '2026-01-02' AS `day`,
   CAST('orders' AS STRING) AS topic, 3 AS `partition`, order_id AS `offset`, seen
 FROM given
 """
 PLAIN = "TO_TIMESTAMP(`time`, 'yyyy-MM-dd HH:mm:ss.SSS')"
-ZONED = f"TO_TIMESTAMP_LTZ(EXTRACT(EPOCH FROM {PLAIN}) * 1000 + 123, 3)"
+ZONED = f"COALESCE(TO_TIMESTAMP_LTZ(EXTRACT(EPOCH FROM {PLAIN}) * 1000 + 123, 3), CURRENT_TIMESTAMP)"
 
 
 def orders(env, at: str):
@@ -134,24 +136,30 @@ def test_rows_come_out_typed_and_what_fails_is_told(flink_llm_env):
     ]  # fmt: skip
     assert found["partials"] == [{"said": "ann", "at": SEEN_MS, **envelope}]
     by_order = {failure["offset"]: failure for failure in found["failures"]}
-    assert {order: failure["code"] for order, failure in by_order.items()} == {2: "handler_error", 3: "invalid"}
+    codes = {order: failure["code"] for order, failure in by_order.items()}
+    assert codes == {2: "handler_error", 3: "invalid", 4: "handler_error"}
     assert by_order[2]["message"].endswith("there is no such customer")
     assert {(each["topic"], each["partition"]) for each in by_order.values()} == {("orders", 3)}
     assert by_order[3]["record_time"] == "2026-01-01T00:02:00Z"
+    assert by_order[4]["record_time"] == "1969-12-31T23:59:58.25Z"
 
 
 def test_what_is_not_declared_is_json_and_a_function_may_be_the_key(flink_llm_env):
     tables, table = orders(flink_llm_env, ZONED)
+    assert types_of(table)["seen"] == "TIMESTAMP_LTZ(3) NOT NULL *ROWTIME*"
 
     class Whole(AsyncUdf):
         async def call(self, request: dict, ctx) -> dict:
-            return {**request, "key": ctx.key, "at": ctx.timestamp}
+            return {**request, "key": ctx.key, "at": ctx.timestamp, "traced": len(ctx.headers)}
 
     out = apply(table, Whole(), key=lambda order: order["order_id"] % 2, uid="whole")
     found = collect(tables, out, ["results", "failures"])
-    first = min((json.loads(each["value"]) for each in found["results"]), key=lambda order: order["order_id"])
-    assert len(found["results"]) == 3 and found["failures"] == []
+    by_order = {order["order_id"]: order for order in (json.loads(each["value"]) for each in found["results"])}
+    assert len(found["results"]) == len(by_order) == 4 and found["failures"] == []
+    assert [by_order[3][name] for name in ("by_customer", "by_short", "traced")] == [None, None, 0], "NULL keys"
+    first = by_order[1]
     assert first == {"order_id": 1, "customer": "ann", "total": 2.5, "tags": ["x", "y"], "counts": {"one": 1},
+                     "by_customer": {"ann": 1}, "by_short": {"ann": 1}, "traced": 1,
                      "digest": "Ynl0ZXM=", "day": "2026-01-02", "key": "1", "at": SEEN_MS}  # fmt: skip
 
 
@@ -174,6 +182,8 @@ def test_a_table_that_does_not_fit_is_refused(flink_llm_env):
     refused("echo: the table cannot be read as JSON: .*key type must be a character string", odd)
     taken = {"type": "object", "properties": {"record_key": {"type": "string"}}}
     refused("Echo: a result cannot have a field 'record_key'", table, result=taken)
+    empty = {"type": "object", "properties": {}}
+    refused("Echo: the result has no fields, and a row needs one at least", table, result=empty)
     stream = tables.to_data_stream(tables.sql_query("SELECT order_id FROM given"))
     refused("result and partial are for a Table", stream, result=taken)
 
