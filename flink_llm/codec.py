@@ -40,7 +40,8 @@ def decode(data: bytes | None, as_type: Any = Any) -> Any:
     if as_type is Any or (isinstance(as_type, type) and issubclass(as_type, Record)):
         return convert(_parsed(data), as_type)
     try:
-        data.isascii() or data.decode()  # what a type skips, msgspec does not look at
+        if not data.isascii():
+            data.decode()  # what a type skips, msgspec does not look at
         return _decoder(as_type).decode(data)
     except Exception as error:  # a type's own __post_init__ may raise anything: it is the record's fault
         _parsed(data)  # what is no JSON at all is not `invalid`

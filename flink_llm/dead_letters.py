@@ -112,8 +112,8 @@ def replay(
     """Finds each failure's original in `topics` and, if told to `send`, writes it to its topic again, once.
 
     Of several failures of one request, an id with one payload in one topic, the last is taken. An original that
-    has expired, was compacted away, or is another record by now is told of, counted and left out, and so are
-    those of other topics: jobs may share one of failures. Raises ConfigError, LocalError.
+    has expired, was compacted away, or is another record by now is told of, counted and left out. Those of
+    other topics are counted and left out: jobs may share one of failures. Raises ConfigError, LocalError.
     """
     done = Replay()
     wanted: dict[tuple[str, int], dict[int, Failure]] = defaultdict(dict)

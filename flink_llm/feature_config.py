@@ -119,6 +119,7 @@ def _check_redis(store: dict[str, Any], key: str) -> None:
 
     parts = store["connection_string"].split(",")
     known = inspect.signature(Redis).parameters if store.get("redis_type", "redis") == "redis" else None
+    parts = parts if known is None else [part for part in parts if part]  # of which Feast makes no address there
     wrong = "it names no HOST:PORT" if all("=" in part for part in parts) else None
     for number, part in enumerate(parts, 1):
         name, is_set, _ = part.partition("=")
@@ -126,7 +127,7 @@ def _check_redis(store: dict[str, Any], key: str) -> None:
             wrong = f"its part {number} is neither HOST:PORT nor NAME=VALUE"
         elif is_set and known is not None and name not in known:
             near = nearest(name, known)
-            hint = f"is {name!r}; did you mean {near!r}?" if near else "is nothing that redis.Redis takes"
+            hint = f"is {name!r}, perhaps for {near!r}" if near else "is nothing that redis.Redis takes"
             wrong = f"the name of its part {number} {hint}"
     if wrong is not None:
         raise ConfigError(f"{key}: {wrong}; write for example redis.example:6379,db=0,password=...")

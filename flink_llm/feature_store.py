@@ -1,7 +1,7 @@
 """Feast's side of reading features: configuration, views, one batched read, errors.
 
 Nothing here knows of asyncio. A `Store` belongs to the thread that opens it; all others may call
-`table` and `absent_key`, which read only what `open` has left behind. Feast is imported inside
+`table`, which reads only what `open` has left behind. Feast is imported inside
 functions, as that takes seconds.
 """
 
@@ -20,6 +20,8 @@ from flink_llm.names import unknown
 log = logging.getLogger(__name__)
 
 APPLY = "`flink-llm features apply CONFIG`"
+FEW = 8
+"""Rows among which a bad one is looked for one by one: halving them further reads more, where many are bad."""
 _NO_ENTITY = "__dummy_id"
 _PLAIN_VALUES = frozenset({"string_val", "int64_val", "int32_val", "double_val", "float_val", "bool_val"})
 
@@ -259,10 +261,6 @@ class Store:
             parts.append(Part(projection.name_to_use(), projection.name, keys, features, source.max_age_s))
         return TableSpec.of(name, parts)
 
-    def absent_key(self, source: str) -> Key:
-        """A key of a view that no row has."""
-        return absent_key(self._sources[source].keys)
-
     def check(self, source: str) -> None:
         """Looks whether a view's rows could be read now. Raises Outage."""
         try:
@@ -290,9 +288,9 @@ class Store:
             if not checked:
                 self.check(source)
             if len(keys) > 1:
-                half = len(keys) // 2
-                halves = (self.read(source, part, checked=True) for part in (keys[:half], keys[half:]))
-                return [row for rows in halves for row in rows]
+                size = (len(keys) + 1) // 2 if len(keys) > FEW else 1
+                parts = (keys[at : at + size] for at in range(0, len(keys), size))
+                return [row for part in parts for row in self.read(source, part, checked=True)]
             log.warning("a row of %s cannot be read", source, exc_info=True)
             cause = error.__cause__ if isinstance(error, _NotComputed) else error
             text = f"the row of {source} cannot be read: {type(cause).__name__}"

@@ -14,7 +14,8 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from flink_llm.breakers import Breaker, Breakers, BreakerSettings
 from flink_llm.errors import ConfigError, Outage
@@ -28,6 +29,7 @@ from flink_llm.watching import during
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 CLOSE_S = 5.0
 FUTURE_S = 60.0
 """How far ahead of this clock a row may be dated before that is worth a warning."""
@@ -225,18 +227,24 @@ class FeatureClient:
 
     async def _read_view(self, view: str, keys: Waiters) -> None:
         wanted = list(keys)
-        reading = self._reader.submit(lambda: self.store.read(view, wanted))
+        rows = await self._asked(view, lambda: self.store.read(view, wanted), keys)
+        for waiters, row in zip(keys.values(), rows or (), strict=rows is not None):
+            answer(waiters, row)
+
+    async def _asked(self, view: str, ask: Callable[[], T], keys: Waiters) -> T | None:
+        """What the store says of a view; None where it does not, which those who wait for `keys` are told."""
+        asking = self._reader.submit(ask)
         try:
-            rows = await asyncio.wait_for(asyncio.wrap_future(reading), self.settings.timeout_s)
+            found: T = await asyncio.wait_for(asyncio.wrap_future(asking), self.settings.timeout_s)
         except TimeoutError:
             silence = f"gave no answer in {self.settings.timeout_s:g} s"
             self._failed(view, keys, Outage(f"the feature store ({self.store.description}) {silence}"))
+            return None
         except Outage as error:
             self._failed(view, keys, error)
-        else:
-            self._recovered(view)
-            for waiters, row in zip(keys.values(), rows, strict=True):
-                answer(waiters, row)
+            return None
+        self._recovered(view)
+        return found
 
     def _failed(self, view: str, keys: Waiters, error: Outage) -> None:
         if view not in self._out:
@@ -254,13 +262,12 @@ class FeatureClient:
             log.warning("the features %s are back after %.1f s", view, self._clock() - self._out.pop(view))
 
     async def _probe(self) -> None:
-        """Reads what has failed until it is back, as those who were waiting may have given up.
+        """Looks for what has failed until it is back, as those who were waiting may have given up.
 
-        By keys that no row has: one that fails for a reason of its own would hold up all others.
+        It reads no row of theirs: one that fails for a reason of its own would hold up all others.
         """
         while self._out:
             await asyncio.sleep(self._breakers.settings.reset_s)
             for view in self._out:
                 self.breaker(view).probing()
-            probes = [self.enqueue(view, self.store.absent_key(view)) for view in self._out]
-            await asyncio.gather(*probes, return_exceptions=True)
+            await asyncio.gather(*(self._asked(view, partial(self.store.check, view), {}) for view in list(self._out)))

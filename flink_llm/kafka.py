@@ -40,7 +40,7 @@ OUTBOUND = Types.ROW_NAMED(["key", "value", "headers", "topic"], [_BYTES, _BYTES
 
 _names = itertools.count()
 _NAMES_A_CLASS = re.compile(r"class(es)?$|reporters$|strategy$")
-"""Properties whose values may be known to the tasks only."""
+"""Properties whose values may be known to the tasks only, as those with references are."""
 IDLE_S = 10
 DISCOVERY_S = 30
 """How soon a partition that was added to a topic is read, seconds."""
@@ -64,8 +64,8 @@ def source(
 
     What a transaction has not committed is not read, unless `isolation.level` of the settings' properties
     says so. `start` is where to begin without a savepoint: "committed" takes the group's offsets, and the
-    earliest where there are none. `bounded` ends at what is there now. Raises ConfigError without topics, or
-    where Flink has no Kafka connector.
+    earliest where there are none. `bounded` ends at what is there now, once open transactions have ended.
+    Raises ConfigError without topics, or where Flink has no Kafka connector.
     """
     if not topics:
         raise ConfigError(f"{uid}: a source needs at least one topic")
@@ -122,8 +122,9 @@ def sink(
 
     Exactly once is transactional, in the pooled naming: `transactions`, by default the consumer group, and
     `uid` name the transactions, so one of them must differ between any two jobs on one broker. Raises
-    ConfigError when the broker's maximum forbids the transaction timeout, when checkpoints may last longer
-    than it, when `stream` lacks a field of `OUTBOUND`, or where Flink has no Kafka connector.
+    ConfigError without checkpoints, when the broker's maximum forbids the transaction timeout, when checkpoints
+    may last longer than it, when `stream` lacks a field of `OUTBOUND`, for properties that Kafka's client would
+    not take, or where Flink has no Kafka connector.
     """
     if not topics:
         raise ConfigError(f"{uid}: a sink needs at least one topic")
@@ -219,7 +220,7 @@ def _check_client(config: str, coder: str, options: Mapping[str, str]) -> None:
     """
     java = get_gateway().jvm.java.util.HashMap()
     for name, value in options.items():
-        if name.startswith("properties.") and not _NAMES_A_CLASS.search(name):
+        if name.startswith("properties.") and not _NAMES_A_CLASS.search(name) and "${" not in value:
             java[name.removeprefix("properties.")] = value
     if "sink.transactional-id-prefix" in options:
         java["transactional.id"] = options["sink.transactional-id-prefix"]
@@ -229,6 +230,7 @@ def _check_client(config: str, coder: str, options: Mapping[str, str]) -> None:
             java[f"{part}.{coder.lower()}"] = f"{root}.common.serialization.ByteArray{coder}"
         try:
             functools.reduce(getattr, f"{root}.clients.{config}".split("."), get_gateway().jvm)(java)
+            return
         except TypeError:  # there is no such class here
             continue
         except Py4JJavaError as error:

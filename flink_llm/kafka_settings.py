@@ -31,12 +31,12 @@ _NAMED_TWICE = {
     "bootstrap.servers": "kafka.bootstrap_servers",
     "group.id": "kafka.group",
     "transaction.timeout.ms": "kafka.transaction_timeout_ms",
-    "transactional.id": "name",
+    "transactional.id": "name (of kafka.sink: transactions)",
 }
 
 
 class KafkaSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`properties` are passed through to Flink's connector as they are, security among them.
+    """`properties` are passed through to Flink's connector as they are, security among them; see `check_properties`.
 
     `group` is by default the job's name, in a job of a configuration, and else `DEFAULT_GROUP`.
 
@@ -73,7 +73,7 @@ def check_properties(settings: KafkaSettings) -> None:
         if name in given:
             raise ConfigError(f"kafka.properties.{name}: say {key} instead")
     protocol = given.get("security.protocol", "PLAINTEXT")
-    if protocol.upper() not in _PROTOCOLS:
+    if protocol.strip().upper() not in _PROTOCOLS:
         raise ConfigError(
             unknown("kafka.properties.security.protocol", protocol, _PROTOCOLS)
         )  # Python's takes it for none
@@ -105,7 +105,7 @@ def client_options(settings: KafkaSettings) -> dict[str, Any]:
     options: dict[str, Any] = {"bootstrap_servers": servers, **_login(given)}
     for name in ("security.protocol", "sasl.mechanism"):
         if name in given:
-            options[name.replace(".", "_")] = given[name].upper()
+            options[name.replace(".", "_")] = given[name].strip().upper()
     if given.get("security.protocol", "").upper().endswith("SSL"):
         options["ssl_context"] = _ssl_context(given)
     return options

@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 
 MASK = "********"
 _NAME = re.compile(
-    r"passw|(^|[._-])(pwd|pass)$|secret|jaas|credential|authorization|connection_string|user[._-]info|(^|[._-])token$|sas[._-].*token"
+    r"passw|(^|[._-])(pwd|pass|token)$|secret|jaas|credential|authorization|connection_string|user[._-]info|sas[._-].*token"
     r"|(api|access|private|account|storage|shared|keystore|encryption)[._-]?key(?!store)",
     re.IGNORECASE,
 )
-_USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^\s]*(?=@)")
+_USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:(?:[^/\s]*|(?!\d{1,5}/)[^\s,;]*?)(?=@)")  # a password may have a slash
 _IN_TEXT = re.compile(
     r"""((?:password|passwd|pwd|secret|token|authorization|(?:api|access|account)[._-]?key)["']?\s*[=:]\s*"""
     r"""(?:(?:bearer|basic)\s+)?)("[^"]*"|'[^']*'|[^\s,;'"}]+)""",

@@ -201,6 +201,8 @@ def test_secrets_are_masked_whole():
     assert masked("at redis://u:hun:ter@h:1/0 now") == "at redis://********@h:1/0 now"
     assert masked("host:6379,password=hunter,db=1") == "host:6379,password=********,db=1"
     assert masked("redis://:hun/ter@h:1/0") == "redis://********@h:1/0"
+    assert masked("redis://u:hun@ter@h:1/x,mail=a@b.c") == "redis://********@h:1/x,mail=a@b.c"
+    assert masked("http://h:8080/users/joe@b.c") == "http://h:8080/users/joe@b.c"
     assert (
         masked("api_key=hunter, aws_secret_access_key: hunter") == "api_key=********, aws_secret_access_key: ********"
     )

@@ -408,7 +408,7 @@ def test_only_variables_of_what_is_read_must_be_set(shop: FeatureSettings, tmp_p
         ("127.0.0.1:65536", "its part 1 is neither"),
         ("127.0.0.1:6379,password=see,hunter2", "its part 3 is neither"),
         ("127.0.0.1:6379,password=see,hunter2=1", "the name of its part 3 is nothing that redis.Redis takes"),
-        ("127.0.0.1:6379,pasword=hunter2", "the name of its part 2 is 'pasword'; did you mean 'password'"),
+        ("127.0.0.1:6379,pasword=hunter2", "the name of its part 2 is 'pasword', perhaps for 'password'"),
         ("password=hunter2", "it names no HOST:PORT"),
     ],
 )

@@ -37,6 +37,10 @@ RowFunction = Callable[["Served", Arguments], Awaitable[Any]]
 """One row's arguments to a JSON value. Raises what a handler's `call` may."""
 
 
+class _NoFeatures(ConfigError):
+    """The job has no feature repository."""
+
+
 class Served:
     """Models and features by name, each made ready when a row first names it."""
 
@@ -70,7 +74,8 @@ class Served:
             try:
                 self._ready[name] = await self._open(kind, name)
             except ConfigError as error:
-                if fixed or (kind == "features" and not self._is_refused(name)):
+                no_row = isinstance(error, _NoFeatures) or (kind == "features" and not self._is_refused(name))
+                if fixed or no_row:
                     raise
                 self._refused[name] = RecordError(code, str(error))
 
@@ -84,8 +89,14 @@ class Served:
         return False
 
     async def _open(self, kind: str, name: str) -> Any:
-        found = getattr(self._context, kind)(name)
-        if kind == "features" and (self._ready or self._refused):
+        opened = bool(self._ready or self._refused)
+        try:
+            found = getattr(self._context, kind)(name)
+        except ConfigError as error:
+            if kind == "features" and not opened:  # nothing is there yet that could refuse a name
+                raise _NoFeatures(str(error)) from error
+            raise
+        if kind == "features" and opened:
             return found  # of a store that is open, and would refuse at `start` again what it has refused before
         # A model is loaded by itself, lest one that is refused stands in the others' way.
         load = self._context._services.start if kind == "features" else found.load

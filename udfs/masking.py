@@ -8,16 +8,19 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-_LATIN = r"A-Za-z0-9\u00aa\u00b5\u00ba\u00c0-\u024f\u0300-\u036f\u1e00-\u1eff"
-_UNSEEN = r"\u00ad\u200b-\u200d"  # soft hyphens and spaces of no width, which an address is no less one with
-_PUNCTUATION = r"\u00a1-\u00bf\u2010-\u206f\u2190-\u2bff\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff65"
-_LETTERS = rf"[{_LATIN}{_UNSEEN}-]"
-_OTHERS = rf"[^\s\x00-\x2c\x2e\x2f\x3a-\x7f{_PUNCTUATION}]"  # of any other script, with digits and hyphens
-_LABEL = rf"(?:{_LETTERS}{{1,63}}+|{_OTHERS}{{1,63}}+)"
-_WORD = rf"(?:[{_LATIN}{_UNSEEN}.!#$%'*+^_`{{|}}~-]|[^\s\x00-\x7f{_PUNCTUATION}])"
+_PUNCTUATION = (
+    r"\u00a1-\u00a9\u00ab\u00ac\u00ae-\u00b4\u00b6-\u00b9\u00bb-\u00bf\u2010-\u206f\u2190-\u2bff\u3000-\u303f"
+)
+_PUNCTUATION += r"\uff01-\uff0f\uff1a-\uff20\uff3b-\uff65"
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3040-\u312f\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+"""Scripts whose words have no space between: an address may follow one."""
+_NOT_IN_LABEL = rf"\s\x00-\x2c./:-@\[-\^`{{-\x7f{_PUNCTUATION}"
+_NOT_IN_WORD = rf"\s\x00-\x20\"&(),/:;<=>?@\[\\\]\x7f{_PUNCTUATION}"
+_LABEL = rf"(?:[^{_NOT_IN_LABEL}{_UNSPACED}]{{1,63}}+|[^{_NOT_IN_LABEL}]{{1,63}}+)"
+_WORD = rf"[^{_NOT_IN_WORD}]"
+"""RFC 5322's dot-atom without slash, equals, question mark and ampersand, of any script."""
 _AT = re.compile("[@\uff20\ufe6b]")
-_LOCAL = [re.compile(rf"[{_LATIN}{_UNSEEN}.!#$%'*+^_`{{|}}~-]{{0,64}}"), re.compile(rf"(?:{_OTHERS}|[.+_]){{0,64}}")]
-"""RFC 5322's dot-atom without slash, equals, question mark and ampersand, of any script; RFC 5321's length."""
+_LOCAL = re.compile(rf"[^{_NOT_IN_WORD}{_UNSPACED}]{{1,64}}|{_WORD}{{1,64}}")
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL}){{1,8}}")
 _GROWING = re.compile(rf"{_WORD}{{0,575}}{_AT.pattern}{_WORD}{{1,64}}|{_WORD}{{0,64}}")
 """The end of a text, read backwards, that may be an address or become one."""
@@ -31,8 +34,8 @@ _LOOSE = frozenset(" -")
 _SHAPES = [(4, 4, 4, 4), (4, 4, 4, 4, 3), (4, 6, 5), (4, 6, 4), (4, 4, 5)]
 """Groups that cards are written in: behind others than spaces and hyphens, no other run of groups is one."""
 _FEWEST, _MOST = 13, 19
-_TELLS = 8
-"""Digits of a card that was cut short from which on it is not shown."""
+_TELLS = 12
+"""Digits of a card that was cut short from which on it is not shown: what is missing could be tried."""
 _NO_ISSUER = frozenset("017")
 
 
@@ -122,12 +125,11 @@ def _addresses(text: str) -> Iterator[tuple[int, int]]:
     """Where addresses begin and end, from each at sign: forwards, each letter would be a start to try."""
     done = 0
     for at in _AT.finditer(text):
-        before = text[max(done, at.start() - 64) : at.start()][::-1]
-        local = max(found.end() for found in (each.match(before) for each in _LOCAL) if found)
+        local = _LOCAL.match(text[max(done, at.start() - 64) : at.start()][::-1])
         domain = _DOMAIN.match(text, at.end())
         if local and domain:
             done = domain.end()
-            yield at.start() - local, done
+            yield at.start() - local.end(), done
 
 
 class _Cards:
@@ -178,13 +180,7 @@ class _Cards:
             self._groups.append((between, digits))
             between = ""
         self._held = ""
-        begun = self._begun_card() if cut else len(self._groups)
-        cards, self._groups = self._groups[begun:], self._groups[:begun]
-        swallowed = self._swallowed > begun
-        shown = self._end()
-        if cards and not swallowed:
-            shown += cards[0][0] + self._mask()
-        return shown + ("" if cards else between)
+        return self._end(cut=cut) + between
 
     def _known(self) -> str:
         shown = ""
@@ -192,43 +188,39 @@ class _Cards:
             shown += self._first()
         return shown
 
-    def _end(self) -> str:
+    def _end(self, *, cut: bool = False) -> str:
         shown = ""
         while self._groups:
-            shown += self._first()
+            shown += self._first(cut=cut)
         self._swallowed = 0
         return shown
 
-    def _first(self) -> str:
+    def _first(self, *, cut: bool = False) -> str:
         """The first group, of which all is known: itself, a card that begins with it, or nothing."""
         follow = self._card()
+        if follow is None and cut and not self._swallowed and self._begins_card():
+            follow = len(self._groups) - 1
         between, digits = self._groups.pop(0)
         if self._swallowed:
-            self._swallowed = max(self._swallowed - 1, follow)
+            self._swallowed = max(self._swallowed - 1, follow or 0)
             return ""
-        self._swallowed = follow
-        return between + (self._mask() if follow or self._alone(digits) else digits)
+        self._swallowed = follow or 0
+        return between + (digits if follow is None else self._mask())
 
-    def _alone(self, digits: str) -> bool:
-        return len(digits) >= _FEWEST and _is_card(digits)
-
-    def _card(self) -> int:
-        """How many groups follow the first one in the longest card that begins with it."""
-        for last in reversed(range(1, len(self._groups))):
+    def _card(self) -> int | None:
+        """How many groups follow the first one in the longest card that begins with it, None where none does."""
+        for last in reversed(range(len(self._groups))):
             run = self._groups[: last + 1]
             digits = "".join(group for _, group in run)
             if _FEWEST <= len(digits) <= _MOST and _is_card(digits) and _is_written_so(run):
                 return last
-        return 0
+        return None
 
-    def _begun_card(self) -> int:
-        """The group from which on the number's end may be a card's beginning."""
-        for first in range(len(self._groups)):
-            run = self._groups[first:]
-            digits = "".join(group for _, group in run)
-            if _TELLS <= len(digits) < _MOST and digits[0] not in _NO_ISSUER and _is_written_so(run, begun=True):
-                return first
-        return len(self._groups)
+    def _begins_card(self) -> bool:
+        """Whether all groups, to the number's end, may be a card's beginning."""
+        digits = "".join(group for _, group in self._groups)
+        begun = _TELLS <= len(digits) < _MOST and digits[0] not in _NO_ISSUER
+        return begun and _is_written_so(self._groups, begun=True)
 
 
 def _is_written_so(run: Sequence[tuple[str, str]], *, begun: bool = False) -> bool:

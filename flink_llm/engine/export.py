@@ -166,16 +166,23 @@ class _Exporter:
         self._texts = list(order.texts[:MOST]) or list(TEXTS)
 
     def make(self, precision: str) -> _Made:
-        """A measured folder, of the precision's first form that is near enough, else of the last.
+        """A measured folder, of the precision's first form that is near enough, else of the last that could be made.
 
         Raises ExportError for what cannot be built or opened, PrecisionError where that is the precision's fault.
         """
-        first, *others = self._forms(precision)
-        made = self._make(precision, first)
-        for form in others:
-            if made.faults or _is_coarse(made):
+        made: _Made | None = None
+        failed: list[PrecisionError] = []
+        for form in self._forms(precision):
+            if made is not None and not made.faults and not _is_coarse(made):
+                break
+            try:
                 other = self._make(precision, form)
-                made = made if other.faults and not made.faults else other
+            except PrecisionError as error:
+                failed.append(error)
+                continue
+            made = made if made is not None and other.faults and not made.faults else other
+        if made is None:
+            raise failed[0]
         return made
 
     def _forms(self, precision: str) -> Sequence[Form]:
@@ -286,23 +293,34 @@ class _DecoderExporter(_Exporter):
     def _refer(self, opened: ModelFolder) -> dict[str, Reference]:
         """The original alone, by "", and with each adapter in its weights, by that one's name."""
         if not self._references:
-            import torch
-            from transformers import AutoModelForCausalLM
-
-            check_prompts(self._source.folder, opened)
-            tokenizer, prompts = open_prompts(opened)
-            plain = self._read(tokenizer)
-            asked = list(plain)
-            if "chat_template.jinja" in opened.files:
-                asked += [prompts.chat([{"role": "user", "content": text}], None) for text in self._texts]
-            with encoders.hushed(), read_by_transformers(self._source.name):
-                original = AutoModelForCausalLM.from_pretrained(self._source.folder, dtype=torch.float32).eval()
-            asked = [tokens for tokens in asked if tokens]
-            self._references[""] = refer(original, asked, plain)
-            for adapter in self._adapters:
-                with merged(original, adapter):
-                    self._references[adapter.name] = refer(original, asked, plain)
+            try:
+                self._references = self._referred(
+                    opened
+                )  # all or none: an adapter that was not compared is not shipped
+            except (FlinkLlmError, OSError):
+                raise
+            except Exception as error:  # torch's and transformers' come from anywhere
+                raise ExportError(f"{self._source.name} could not be compared with: {first_line(error)}") from error
         return self._references
+
+    def _referred(self, opened: ModelFolder) -> dict[str, Reference]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        check_prompts(self._source.folder, opened)
+        tokenizer, prompts = open_prompts(opened)
+        plain = self._read(tokenizer)
+        asked = list(plain)
+        if "chat_template.jinja" in opened.files:
+            asked += [prompts.chat([{"role": "user", "content": text}], None) for text in self._texts]
+        with encoders.hushed(), read_by_transformers(self._source.name):
+            original = AutoModelForCausalLM.from_pretrained(self._source.folder, dtype=torch.float32).eval()
+        asked = [tokens for tokens in asked if tokens]
+        references = {"": refer(original, asked, plain)}
+        for adapter in self._adapters:
+            with merged(original, adapter):
+                references[adapter.name] = refer(original, asked, plain)
+        return references
 
 
 class _EncoderExporter(_Exporter):

@@ -1,6 +1,7 @@
 """Decoders: onnxruntime-genai's builder, and our own eight bits over what it builds."""
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -74,7 +75,7 @@ def _context(source: Source) -> int:
     if (rope.get("rope_type") or rope.get("type")) not in _LONG_ROPE:
         return positions
     short = source.config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    return min(positions, int(short or positions))
+    return min(positions, int(short or source.number("original_max_position_embeddings")))
 
 
 def build_decoder(
@@ -142,6 +143,8 @@ def _build(source: Source, to: Path, precision: str, block: int | None) -> None:
             _say_windows(parsed["hf_details"]["hf_config"])
             builder.create_model(None, *where, **parsed)
         except Exception as error:  # the builder raises whatever torch and transformers raise
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             kind = ExportError if precision == "fp32" else PrecisionError  # fp32 is what int8 is made of, too
             raise kind(f"{source.name} could not be built: {type(error).__name__}: {first_line(error)}") from error
     _keep_short(to / "model.onnx")

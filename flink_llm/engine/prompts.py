@@ -2,15 +2,16 @@
 
 Contents and the texts among the features never reach the template: marks stand in for them while it is
 rendered, and each is put in its place afterwards, where nothing becomes a special token. So `</s>` in a
-user's text is four characters, whatever the template or the tokenizer make of it elsewhere. Of features that
-are bytes, a time or anything else that JSON has not, it is their text. What can not be hidden so, roles and
-the names of features, is restricted.
+user's text is four characters, whatever the template or the tokenizer make of it elsewhere. Numbers and times
+are what they are; of bytes and of anything else it is their text. What can not be hidden so, roles and the
+names of features, is restricted.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime, time
+from numbers import Number
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -98,7 +99,7 @@ class Prompts:
             )
 
     def _hide(self, value: Any, texts: list[str]) -> Any:
-        if value is None or isinstance(value, (bool, int, float)):
+        if value is None or isinstance(value, (Number, date, time)):
             return value
         if isinstance(value, Mapping):
             return {self._name(name): self._hide(item, texts) for name, item in value.items()}
@@ -148,7 +149,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """The filter as transformers has it, for values with marks in them, which `ensure_ascii` would destroy."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys, default=str)
     return _MARK.sub(lambda mark: f"\ue000{mark[1]}{mark[2]}j\ue001", text)
 
 

@@ -12,6 +12,8 @@ from flink_llm.errors import ModelFolderError
 REPLACEMENT = "\ufffd"
 WINDOW = 8
 """Tokens decoded together: a character of UTF-8 has at most four bytes, each at most one token."""
+MOST_CUT = 65_536
+"""Characters that are read for a text's first tokens, where words are longer than they should be."""
 
 
 TURNS, REMEMBERED = 256, 1000
@@ -126,15 +128,17 @@ class Tokenizer:
     def _beginning(self, text: str, count: int) -> Any:
         """The encoding of a text, or of enough of its beginning for its first `count` tokens.
 
-        Spaces may make no token, and an unknown word one, however long it is: what was cut too short is cut again.
-        Twice as many tokens are enough, since the last word may have been cut through.
+        Spaces may make no token, and an unknown word one, however long it is: what was cut too short is cut again,
+        as long as that takes no engine's time. Twice as many tokens are enough, since the last word may have been
+        cut through.
         """
         size = count * self.longest
+        most = min(len(text), max(size, MOST_CUT))
         while True:
             found = self._text.encode(text[:size], add_special_tokens=False)
-            if size >= len(text) or len(found.ids) >= 2 * count:
+            if size >= most or len(found.ids) >= 2 * count:
                 return found
-            size *= 2
+            size *= 4
 
     def _between(self, text: str, start: int) -> Sequence[int]:
         """A conversation's turns come again with each of its requests."""

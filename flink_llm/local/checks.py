@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -89,7 +89,7 @@ def slots(config: JobConfig) -> str:
 
 def job(name: str) -> ModuleType:
     """The module of the installed job of that name. Raises ConfigError, and whatever its import raises."""
-    found = {entry.name: entry for entry in entry_points(group="flink_llm.jobs")}
+    found = _jobs()
     if name not in found:
         raise ConfigError(unknown("job", name, found))
     module = found[name].load()
@@ -100,8 +100,12 @@ def job(name: str) -> ModuleType:
 
 def distribution_of(job: str) -> str:
     """The name of what an installed job came with."""
-    [entry] = entry_points(group="flink_llm.jobs", name=job)
-    return entry.dist.name if entry.dist is not None else "flink-llm"
+    dist = _jobs()[job].dist
+    return dist.name if dist is not None else "flink-llm"
+
+
+def _jobs() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="flink_llm.jobs")}
 
 
 def python() -> str:
