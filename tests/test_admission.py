@@ -118,7 +118,7 @@ def test_a_text_is_judged_by_those_that_are_read_before_it(embeds: Path) -> None
 
 @pytest.mark.parametrize(
     ("error", "outcome"),
-    [(Outage("gone"), "outage"), (RecordError("bad_option", "no"), "failed"), (ValueError("odd"), "failed")],
+    [(Outage("gone"), "outage"), (RecordError("bad_option", "no"), "invalid"), (ValueError("odd"), "failed")],
 )
 def test_an_end_is_counted_once_as_what_it_was(embeds: Path, error: Exception, outcome: str) -> None:
     stage = Stage(embeds)
