@@ -232,12 +232,20 @@ def test_a_canary_stays_exactly_while_it_keeps_its_bounds(
         bad = sum(own[-bounds.window :]) > bounds.max_failure_rate * bounds.window
         for found in (found[-bounds.window :] for found in pairs.values()):
             if len(found) >= canary.least:
-                times_slower = median(took / max(usual, 1e-6) for took, usual in found)
+                times_slower = median(took / max(usual, 1.0) for took, usual in found)
                 bad |= times_slower > bounds.max_latency_ratio and median(took for took, _ in found) > 1.0
         before = canary.verdict
         canary.note(sample, canary=of_canary)
         assert (canary.verdict is not None) == (bad or before is not None)
         assert before in (None, canary.verdict)
+
+
+def test_others_that_take_no_time_at_all_make_no_canary_slow() -> None:
+    canary = Canary(CanaryBounds(max_failure_rate=0.0, max_latency_ratio=2.0, window=10))
+    for _ in range(20):
+        canary.note(Sample(per_token_ms=0.0), canary=False)  # their tokens are read together
+        canary.note(Sample(per_token_ms=1.9), canary=True)
+    assert canary.verdict is None
 
 
 alike = st.floats(10.0, 19.0)

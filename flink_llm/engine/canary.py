@@ -114,7 +114,7 @@ class Canary:
         if len(pairs) < self.least:
             return None
         took, usual = (median(times) for times in zip(*pairs, strict=True))
-        times = median(own / max(other, 1e-6) for own, other in pairs)
+        times = median(own / max(other, LEAST_MS) for own, other in pairs)
         if times <= bound or took <= LEAST_MS:
             return None
         return (
