@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -564,11 +563,10 @@ def test_no_hugging_face_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_command_that_is_ended_leaves_nothing(llama: Path, tmp_path: Path, signum: int) -> None:
-    command = [sys.executable, "-m", "flink_llm", "export", str(llama), "--to", str(tmp_path / "tiny")]
-    heard = partial(
-        signal.signal, signum, signal.SIG_DFL
-    )  # what runs the tests may ignore it, and its children then do
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=heard)
+    hear = f"import runpy, signal; signal.signal({int(signum)}, signal.SIG_DFL); "  # whoever runs the tests may not
+    run = "runpy.run_module('flink_llm', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", hear + run, "export", str(llama), "--to", str(tmp_path / "tiny")]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while not any(path.is_file() for path in tmp_path.rglob("*")) and time.monotonic() < until:
         time.sleep(0.02)
