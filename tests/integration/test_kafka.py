@@ -124,7 +124,7 @@ def test_a_record_keeps_its_time(outcome):
 def test_a_time_that_no_broker_takes_is_the_time_of_writing(outcome):
     (default, _, plain), _ = outcome
     for record in (default[-1], plain[0]):
-        assert NOW - 1000 < record.timestamp < NOW + 600_000
+        assert NOW - 1000 < record.timestamp < time.time() * 1000 + 1000
 
 
 def test_a_job_reads_what_is_committed_and_ends_no_transaction_but_its_own(broker, topics):
