@@ -10,8 +10,8 @@ from typing import Protocol
 
 _PUNCTUATION = (
     r"\u00a1-\u00a9\u00ab\u00ac\u00ae-\u00b4\u00b6-\u00b9\u00bb-\u00bf\u2010-\u206f\u2190-\u2bff\u3000-\u303f"
+    r"\uff01-\uff0f\uff1a-\uff20\uff3b-\uff65"
 )
-_PUNCTUATION += r"\uff01-\uff0f\uff1a-\uff20\uff3b-\uff65"
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3040-\u312f\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
 """Scripts whose words have no space between: an address may follow one."""
 _NOT_IN_LABEL = rf"\s\x00-\x2c./:-@\[-\^`{{-\x7f{_PUNCTUATION}"

@@ -294,9 +294,8 @@ class _DecoderExporter(_Exporter):
         """The original alone, by "", and with each adapter in its weights, by that one's name."""
         if not self._references:
             try:
-                self._references = self._referred(
-                    opened
-                )  # all or none: an adapter that was not compared is not shipped
+                # All or none: an adapter that was not compared is not shipped.
+                self._references = self._referred(opened)
             except (FlinkLlmError, OSError):
                 raise
             except Exception as error:  # torch's and transformers' come from anywhere
